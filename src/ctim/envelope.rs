@@ -1,0 +1,54 @@
+//! The envelope of every answer: `data`, `errors`, or both. It owns the shape; it must not know
+//! which cause gets which words.
+
+use serde::Serialize;
+
+/// `{"data": …, "errors": […]}`; `errors` is absent where there is none, `data` where nothing
+/// could be done.
+#[derive(Debug, Serialize)]
+pub struct Envelope<D> {
+    /// What was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<D>,
+    /// What went wrong, one item per cause.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<ErrorItem>,
+}
+
+impl<D> Envelope<D> {
+    /// An answer without errors.
+    #[must_use]
+    pub fn data(data: D) -> Self {
+        Self { data: Some(data), errors: Vec::new() }
+    }
+}
+
+impl Envelope<()> {
+    /// An answer that is nothing but `error`.
+    #[must_use]
+    pub fn error(error: ErrorItem) -> Self {
+        Self { data: None, errors: vec![error] }
+    }
+}
+
+/// One entry of `errors`. The platform accepts these three keys and no other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ErrorItem {
+    /// How bad it is.
+    #[serde(rename = "type")]
+    pub severity: Severity,
+    /// The class of the cause, in words runbooks know.
+    pub code: &'static str,
+    /// What happened, for a person.
+    pub message: String,
+}
+
+/// How bad an error is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// The answer, or a part of it, is missing.
+    Fatal,
+    /// The answer is whole but needs a grain of salt.
+    Warning,
+}

@@ -1,0 +1,102 @@
+//! CyberScan, as the rest of the relay sees it: one port ([`CyberScan`]) that the HTTP client and
+//! every stage in front of it implement, the records it answers with and the errors it can give.
+
+pub mod client;
+pub mod error;
+pub mod model;
+mod printed;
+pub mod token;
+
+use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+pub use client::{Client, Config};
+pub use error::Error;
+pub use model::{DomainRecord, Finding, HostRecord, Vulnerabilities};
+
+use crate::{ctim::DomainName, tenant::Tenant};
+
+/// The port: what can be asked of CyberScan.
+///
+/// Every stage implements it around the next one, so a question runs through them in one
+/// direction and a test can put a fake at any depth.
+pub trait CyberScan: Send + Sync + 'static {
+    /// Makes sure that CyberScan accepts the tenant's key.
+    fn authenticate(&self, call: &Call) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// The record of a domain.
+    fn domain(
+        &self,
+        call: &Call,
+        domain: &DomainName,
+    ) -> impl Future<Output = Result<Answer<DomainRecord>, Error>> + Send;
+
+    /// The record of an address.
+    fn host(&self, call: &Call, ip: IpAddr)
+    -> impl Future<Output = Result<Answer<HostRecord>, Error>> + Send;
+
+    /// The vulnerabilities found at an address.
+    fn vulnerabilities(
+        &self,
+        call: &Call,
+        ip: IpAddr,
+    ) -> impl Future<Output = Result<Answer<Vulnerabilities>, Error>> + Send;
+}
+
+/// On whose behalf a question is asked, and how long it is worth waiting.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// The tenant who asks.
+    pub tenant: Arc<Tenant>,
+    /// When an answer comes too late.
+    pub deadline: Instant,
+}
+
+/// An answer of CyberScan.
+#[derive(Debug)]
+pub struct Answer<T> {
+    /// What it knows.
+    pub record: Record<T>,
+    /// When it was asked; an answer from a cache is as old as its question.
+    pub asked_at: Timestamp,
+    /// The age of an answer that is served although it is no longer fresh, because CyberScan
+    /// could not be asked again.
+    pub stale: Option<Duration>,
+}
+
+/// What CyberScan knows about something.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Record<T> {
+    /// This.
+    Known(Arc<T>),
+    /// It does not know the thing asked about (404).
+    Unknown,
+}
+
+impl<T> Record<T> {
+    /// The record, if there is one.
+    #[must_use]
+    pub fn known(&self) -> Option<&Arc<T>> {
+        match self {
+            Self::Known(record) => Some(record),
+            Self::Unknown => None,
+        }
+    }
+}
+
+impl<T> Clone for Record<T> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Known(record) => Self::Known(Arc::clone(record)),
+            Self::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl<T> Clone for Answer<T> {
+    fn clone(&self) -> Self {
+        Self { record: self.record.clone(), asked_at: self.asked_at, stale: self.stale }
+    }
+}

@@ -1,0 +1,357 @@
+//! The records CyberScan answers with, read strictly where we rely on them and leniently where we
+//! only pass them on. It must not know how they travel or what is made of them.
+
+use std::{collections::HashMap, fmt, net::IpAddr};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::{Value, value::RawValue};
+use url::Url;
+
+use super::printed;
+use crate::{
+    ctim::sighting::{Confidence, Severity},
+    egress::{Host, HostPatterns},
+};
+
+/// What CyberScan knows about a domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainRecord {
+    /// The address the domain resolves to; a known domain may have none.
+    pub ip: Option<IpAddr>,
+    /// CyberScan's page about it.
+    pub details_page: Option<String>,
+}
+
+/// What CyberScan knows about an address, apart from its vulnerabilities.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostRecord {
+    /// CyberScan's page about it.
+    pub details_page: Option<String>,
+}
+
+/// The vulnerabilities found at an address.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vulnerabilities(pub Vec<Finding>);
+
+/// One vulnerability.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    /// Every key of the upstream object and its value as text, in upstream order.
+    pub table: Vec<(String, String)>,
+    /// What it is called.
+    pub name: Option<String>,
+    /// What it is.
+    pub description: Option<String>,
+    /// The CVE field, as it came.
+    pub cve: Option<String>,
+    /// The well-formed CVE identifiers in that field.
+    pub cves: Vec<String>,
+    /// How bad it is.
+    pub severity: Severity,
+    /// The CVSS base score, 0 to 10.
+    pub cvss: Option<f64>,
+    /// Greenbone's quality of detection, 0 to 100.
+    pub detection_quality: Option<f64>,
+}
+
+/// The body is not what the call promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed;
+
+impl DomainRecord {
+    /// Reads the answer to `GET /domain/{domain}`. Links to hosts outside of `pages` are dropped.
+    ///
+    /// # Errors
+    /// [`Malformed`] unless it is a JSON object whose `ip`, if any, is an address.
+    pub fn parse(body: &[u8], pages: &HostPatterns) -> Result<Self, Malformed> {
+        #[derive(Deserialize)]
+        struct Raw {
+            ip: Option<String>,
+            details_page: Option<Value>,
+        }
+        let raw: Raw = object(body)?;
+        let ip = match raw.ip.as_deref().map(str::trim) {
+            None | Some("") => None,
+            // Parsed before it is used again: what stands here becomes part of the next call.
+            Some(ip) => Some(ip.parse().map_err(|_| Malformed)?),
+        };
+        Ok(Self { ip, details_page: link(raw.details_page, pages) })
+    }
+}
+
+impl HostRecord {
+    /// Reads the answer to `GET /ip/{ip}`. Links to hosts outside of `pages` are dropped.
+    ///
+    /// # Errors
+    /// [`Malformed`] unless it is a JSON object.
+    pub fn parse(body: &[u8], pages: &HostPatterns) -> Result<Self, Malformed> {
+        #[derive(Deserialize)]
+        struct Raw {
+            details_page: Option<Value>,
+        }
+        let raw: Raw = object(body)?;
+        Ok(Self { details_page: link(raw.details_page, pages) })
+    }
+}
+
+impl Vulnerabilities {
+    /// Reads the answer to `GET /vulnerabilities/ip/{ip}`.
+    ///
+    /// # Errors
+    /// [`Malformed`] unless it is a JSON object with a list of objects in `vulnerabilities`.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        #[derive(Deserialize)]
+        struct Raw {
+            vulnerabilities: Vec<Finding>,
+        }
+        let raw: Raw = object(body)?;
+        Ok(Self(raw.vulnerabilities))
+    }
+}
+
+/// Reads a JSON object; serde on its own would take a list for a struct, too.
+fn object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Malformed> {
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Malformed);
+    }
+    serde_json::from_slice(body).map_err(|_| Malformed)
+}
+
+/// The https link in `value`, if it leads to a host of `pages`: an analyst will click on it.
+fn link(value: Option<Value>, pages: &HostPatterns) -> Option<String> {
+    let Some(Value::String(text)) = value else {
+        return None;
+    };
+    let url = Url::parse(text.trim()).ok()?;
+    let host: Host = url.host_str()?.parse().ok()?;
+    let fits = url.scheme() == "https"
+        && url.port().is_none()
+        && url.username().is_empty()
+        && url.password().is_none()
+        && pages.allow(&host);
+    fits.then(|| url.into())
+}
+
+impl Finding {
+    fn new(cells: &[(String, Box<RawValue>)]) -> Self {
+        let table: Vec<(String, String)> =
+            cells.iter().map(|(key, value)| (key.clone(), printed::cell(value))).collect();
+        // Only strings and numbers say something in a sentence; a list or `null` does not.
+        let text = |key: &str| {
+            let (at, (_, value)) = cells.iter().enumerate().find(|(_, (name, _))| name == key)?;
+            let speaks = value.get().starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit());
+            let (_, text) = table.get(at)?;
+            (speaks && !text.is_empty()).then(|| text.clone())
+        };
+        let number = |key: &str| text(key)?.parse::<f64>().ok().filter(|n| n.is_finite());
+        let cve = text("cve");
+        Self {
+            name: text("name"),
+            description: text("description"),
+            cves: cve.as_deref().map(cves).unwrap_or_default(),
+            cve,
+            severity: severity(text("severity").as_deref()),
+            cvss: number("cvss"),
+            detection_quality: number("confidence"),
+            table,
+        }
+    }
+
+    /// The text of a key of the upstream object, if it has that key.
+    #[must_use]
+    pub fn cell(&self, key: &str) -> Option<&str> {
+        let (_, value) = self.table.iter().find(|(name, _)| name == key)?;
+        Some(value)
+    }
+
+    /// How sure CyberScan is: under 50 Low, 50 to 69 Medium, 70 and up High; High where it does
+    /// not say.
+    #[must_use]
+    pub fn confidence(&self) -> Confidence {
+        match self.detection_quality {
+            Some(quality) if quality < 50.0 => Confidence::Low,
+            Some(quality) if quality < 70.0 => Confidence::Medium,
+            _ => Confidence::High,
+        }
+    }
+}
+
+fn severity(word: Option<&str>) -> Severity {
+    match word.map(str::to_ascii_lowercase).as_deref() {
+        Some("critical") => Severity::Critical,
+        Some("high") => Severity::High,
+        Some("medium") => Severity::Medium,
+        Some("low") => Severity::Low,
+        Some("info" | "informational" | "log") => Severity::Info,
+        Some("none") => Severity::None,
+        _ => Severity::Unknown,
+    }
+}
+
+/// The `CVE-<year>-<number>` identifiers in `text`, upper-cased, each once.
+fn cves(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for word in text.split(|c: char| !(c.is_alphanumeric() || c == '-')) {
+        let id = word.to_ascii_uppercase();
+        let mut parts = id.split('-');
+        let digits = |part: Option<&str>, longest: usize| {
+            part.is_some_and(|p| (4..=longest).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit()))
+        };
+        let well_formed = parts.next() == Some("CVE")
+            && digits(parts.next(), 4)
+            && digits(parts.next(), 19)
+            && parts.next().is_none();
+        if well_formed && !found.contains(&id) {
+            found.push(id);
+        }
+    }
+    found
+}
+
+impl<'de> Deserialize<'de> for Finding {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Cells;
+        impl<'de> Visitor<'de> for Cells {
+            type Value = Finding;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object describing a vulnerability")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Finding, A::Error> {
+                let mut cells: Vec<(String, Box<RawValue>)> = Vec::new();
+                let mut places: HashMap<String, usize> = HashMap::new();
+                while let Some((key, value)) = map.next_entry::<String, Box<RawValue>>()? {
+                    // A repeated key keeps its first place and takes its last value.
+                    match places.get(&key).and_then(|at| cells.get_mut(*at)) {
+                        Some(cell) => cell.1 = value,
+                        None => {
+                            places.insert(key.clone(), cells.len());
+                            cells.push((key, value));
+                        }
+                    }
+                }
+                Ok(Finding::new(&cells))
+            }
+        }
+        deserializer.deserialize_map(Cells)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages() -> HostPatterns {
+        ["cyberscan.io", "*.cyberscan.io"].iter().map(|p| p.parse().unwrap()).collect()
+    }
+
+    fn finding(json: &str) -> Finding {
+        let body = format!(r#"{{"vulnerabilities": [{json}]}}"#);
+        Vulnerabilities::parse(body.as_bytes()).unwrap().0.remove(0)
+    }
+
+    #[test]
+    fn a_domain_record_has_an_address_and_a_page() {
+        let body = br#"{"domain":"a.example","ip":" 192.0.2.1 ","cvss_total":1,"details_page":"https://www.cyberscan.io/a"}"#;
+        let record = DomainRecord::parse(body, &pages()).unwrap();
+        assert_eq!(record.ip, Some("192.0.2.1".parse().unwrap()));
+        assert_eq!(record.details_page.as_deref(), Some("https://www.cyberscan.io/a"));
+        for body in [r#"{}"#, r#"{"ip":null}"#, r#"{"ip":""}"#] {
+            assert_eq!(DomainRecord::parse(body.as_bytes(), &pages()).unwrap().ip, None);
+        }
+    }
+
+    #[test]
+    fn what_is_no_record_is_malformed() {
+        for body in [
+            "",
+            "[]",
+            "null",
+            "5",
+            "\"abc\"",
+            "<html>",
+            "{",
+            r#"{"ip":5}"#,
+            r#"{"ip":["192.0.2.1"]}"#,
+            r#"{"ip":"../../admin"}"#,
+        ] {
+            assert!(DomainRecord::parse(body.as_bytes(), &pages()).is_err(), "{body}");
+        }
+        for body in [
+            "",
+            "[]",
+            "{}",
+            "null",
+            r#"{"vulnerabilities":null}"#,
+            r#"{"vulnerabilities":{}}"#,
+            r#"{"vulnerabilities":["a"]}"#,
+            r#"{"vulnerabilities":[5]}"#,
+            r#"{"vulnerabilities":[{}, null]}"#,
+            r#"[[]]"#,
+            r#"{"vulnerabilities":[]} x"#,
+        ] {
+            assert!(Vulnerabilities::parse(body.as_bytes()).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_link_leads_to_cyberscan_over_https_or_is_dropped() {
+        let link = |page: &str| {
+            let body = format!(r#"{{"details_page":{page}}}"#);
+            HostRecord::parse(body.as_bytes(), &pages()).unwrap().details_page
+        };
+        assert_eq!(
+            link(r#""https://www.cyberscan.io/ü?a=<b>""#).as_deref(),
+            Some("https://www.cyberscan.io/%C3%BC?a=%3Cb%3E")
+        );
+        for page in [
+            r#""""#,
+            "null",
+            "5",
+            "{}",
+            r#""http://www.cyberscan.io/""#,
+            r#""javascript:alert(1)""#,
+            r#""https://evil.test/""#,
+            r#""https://u@www.cyberscan.io/""#,
+            r#""https://www.cyberscan.io:8443/""#,
+            r#""//www.cyberscan.io/""#,
+            r#""https://cyberscan.io.evil.test/""#,
+        ] {
+            assert_eq!(link(page), None, "{page}");
+        }
+    }
+
+    #[test]
+    fn a_finding_keeps_every_key_in_order_and_understands_some() {
+        let finding = finding(
+            r#"{"name":" Weak\u0020ciphers \n","family":null,"severity":"HIGH","port":443,"cve":"cve-2016-2183, CVE-2013-2566; NOCVE CVE-1-2",
+               "cvss":"7.50","confidence":70,"extra":[1, 2],"name":"Weak ciphers"}"#,
+        );
+        let keys: Vec<&str> = finding.table.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(keys, ["name", "family", "severity", "port", "cve", "cvss", "confidence", "extra"]);
+        assert_eq!(finding.name.as_deref(), Some("Weak ciphers"));
+        assert_eq!(finding.cves, ["CVE-2016-2183", "CVE-2013-2566"]);
+        assert_eq!((finding.severity, finding.cvss), (Severity::High, Some(7.5)));
+        assert_eq!(finding.confidence(), Confidence::High);
+        assert_eq!(finding.cell("extra"), Some("[1,2]"));
+        assert_eq!(finding.description, None);
+    }
+
+    #[test]
+    fn confidence_has_three_bands() {
+        for (quality, band) in [
+            ("0", Confidence::Low),
+            ("49.9", Confidence::Low),
+            ("50", Confidence::Medium),
+            ("69", Confidence::Medium),
+            ("70", Confidence::High),
+            ("null", Confidence::High),
+        ] {
+            assert_eq!(finding(&format!(r#"{{"confidence":{quality}}}"#)).confidence(), band, "{quality}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The one HTTP client. It owns time-outs, the limits on what is read and what an outcome is
+//! called; it must not know what is asked.
+//!
+//! Redirects are never followed, nothing is taken from the environment, only https is spoken, and
+//! bodies are counted after decompression while they arrive (`reqwest`'s own `bytes()` would
+//! inflate 100 MB from a gzip bomb of 100 KB).
+
+use std::{error::Error as _, path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use ipnet::IpNet;
+use tokio::time::{Instant, timeout_at};
+use url::Url;
+
+use super::{AddressGuard, Host, resolver::GuardedResolver, tls};
+
+/// Settings `egress.*`.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// `egress.allow_cidrs`: private networks that may be connected to.
+    pub allow_cidrs: Vec<IpNet>,
+    /// `egress.proxy`: an http(s) proxy through which every call goes.
+    pub proxy: Option<Url>,
+    /// `egress.extra_ca_file`: PEM certificates believed beside the platform's.
+    pub extra_ca_file: Option<PathBuf>,
+}
+
+/// The guarded client; a cheap clone.
+#[derive(Clone, Debug)]
+pub struct Http {
+    client: reqwest::Client,
+    guard: Arc<AddressGuard>,
+}
+
+/// A request to be sent by [`Http::send`].
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// The method.
+    pub method: Method,
+    /// Whom to ask.
+    pub host: &'a Host,
+    /// The path, percent-encoded, beginning with a slash.
+    pub path: &'a str,
+    /// Headers; secret values are marked sensitive.
+    pub headers: HeaderMap,
+    /// A JSON body.
+    pub json: Option<Bytes>,
+    /// The most bytes of (decoded) body that are read.
+    pub limit: usize,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// A complete answer.
+#[derive(Debug)]
+pub struct Reply {
+    /// The status code.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body, decoded.
+    pub body: Bytes,
+}
+
+/// Why there is no complete answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Transport {
+    /// The address guard refused the host's address, before any connection.
+    #[error("the address is not allowed")]
+    Refused,
+    /// No connection, or it ended before a status line came.
+    #[error("no connection")]
+    Unreachable,
+    /// The certificate was not accepted.
+    #[error("certificate not accepted: {0}")]
+    Untrusted(#[from] tls::Untrusted),
+    /// The deadline passed.
+    #[error("no answer in time")]
+    TimedOut,
+    /// The answer began and then broke off, or could not be decoded.
+    #[error("the answer broke off")]
+    Broken,
+    /// The answer is larger than the limit.
+    #[error("the answer is too large")]
+    TooLarge,
+}
+
+/// How long a connection (TCP, proxy, TLS) may take to come up.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How long a body may stay silent.
+const READ: Duration = Duration::from_secs(5);
+
+impl Http {
+    /// A client behind the guard of `config`.
+    ///
+    /// # Errors
+    /// When `egress.extra_ca_file` cannot be used or TLS cannot be set up.
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let guard = Arc::new(AddressGuard::new(config.allow_cidrs.clone()));
+        let proxy_host = config.proxy.as_ref().and_then(Url::host_str).map(String::from);
+        #[expect(clippy::disallowed_methods, reason = "this is the guarded client")]
+        let mut builder = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls::client_config(config.extra_ca_file.as_deref())?)
+            .dns_resolver(Arc::new(GuardedResolver::new(Arc::clone(&guard), proxy_host)))
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .no_proxy()
+            .referer(false)
+            .https_only(true)
+            .http1_only()
+            .gzip(true)
+            .tcp_nodelay(true)
+            .connect_timeout(CONNECT)
+            .read_timeout(READ)
+            .pool_idle_timeout(Duration::from_secs(60))
+            .pool_max_idle_per_host(32);
+        if let Some(proxy) = &config.proxy {
+            builder = builder.proxy(reqwest::Proxy::all(proxy.clone())?);
+        }
+        Ok(Self { client: builder.build()?, guard })
+    }
+
+    /// Sends `call` and reads the whole answer.
+    ///
+    /// # Errors
+    /// A [`Transport`] error when there is no complete answer. A status such as 404 or 503 is an
+    /// answer, not an error.
+    pub async fn send(&self, call: Call<'_>) -> Result<Reply, Transport> {
+        // The resolver is never asked about literals.
+        if call.host.ip().is_some_and(|ip| !self.guard.allows(ip)) {
+            return Err(Transport::Refused);
+        }
+        let deadline = call.deadline;
+        timeout_at(deadline, self.exchange(call)).await.unwrap_or(Err(Transport::TimedOut))
+    }
+
+    async fn exchange(&self, call: Call<'_>) -> Result<Reply, Transport> {
+        let url = url(call.host, call.path).ok_or(Transport::Refused)?;
+        let mut request = self.client.request(call.method, url).headers(call.headers);
+        if let Some(json) = call.json {
+            request =
+                request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json")).body(json);
+        }
+        let mut response = request.send().await.map_err(|error| classify(&error))?;
+        let mut body = BytesMut::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| broken(&error))? {
+            if body.len() + chunk.len() > call.limit {
+                return Err(Transport::TooLarge);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Reply {
+            status: response.status(),
+            headers: std::mem::take(response.headers_mut()),
+            body: body.freeze(),
+        })
+    }
+}
+
+/// `https://<host><path>`, built from parts; `None` if the parts would read as something else.
+fn url(host: &Host, path: &str) -> Option<Url> {
+    let url = Url::parse(&format!("https://{}:{}{path}", host.name(), host.port())).ok()?;
+    (url.host_str() == Some(&host.name()) && url.path() == path && url.query().is_none()).then_some(url)
+}
+
+fn classify(error: &reqwest::Error) -> Transport {
+    if let Some(untrusted) = error.source().and_then(tls::Untrusted::find) {
+        return Transport::Untrusted(untrusted);
+    }
+    if error.is_timeout() && !error.is_connect() {
+        return Transport::TimedOut;
+    }
+    // A connection that cannot be made, a proxy that says no, a reset, a garbled status line.
+    Transport::Unreachable
+}
+
+fn broken(error: &reqwest::Error) -> Transport {
+    if error.is_timeout() { Transport::TimedOut } else { Transport::Broken }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_says_what_its_parts_say_or_is_none() {
+        let host: Host = "api.example.com".parse().unwrap();
+        assert_eq!(url(&host, "/api/v1/token").unwrap().as_str(), "https://api.example.com/api/v1/token");
+        for path in
+            ["", "x", "//a/../b", "/a/../b", "/a/%2e%2e/b", "/a?b", "/a#b", "/a b", "/a\tb", "@evil.test/"]
+        {
+            assert_eq!(url(&host, path), None, "{path:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_private_literal_is_refused_before_any_connection() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host: Host = listener.local_addr().unwrap().to_string().parse().unwrap();
+        let call = || Call {
+            method: Method::GET,
+            host: &host,
+            path: "/",
+            headers: HeaderMap::new(),
+            json: None,
+            limit: 1,
+            deadline: Instant::now() + Duration::from_secs(5),
+        };
+        let guarded = Http::new(&Config::default()).unwrap();
+        assert_eq!(guarded.send(call()).await.unwrap_err(), Transport::Refused);
+
+        let allowed =
+            Http::new(&Config { allow_cidrs: vec!["127.0.0.0/8".parse().unwrap()], ..Config::default() })
+                .unwrap();
+        let (outcome, accepted) =
+            tokio::join!(allowed.send(call()), async { listener.accept().await.map(drop) });
+        assert_eq!(outcome.unwrap_err(), Transport::Unreachable);
+        assert!(accepted.is_ok());
+    }
+}
