@@ -82,6 +82,12 @@ where
         outcome
     }
 
+    /// Whether an attempt for `key` is running.
+    #[must_use]
+    pub fn is_running(&self, key: &K) -> bool {
+        lock(&self.table).contains_key(key)
+    }
+
     /// Attempts running now.
     #[must_use]
     pub fn len(&self) -> usize {

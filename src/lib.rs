@@ -2,6 +2,7 @@
 //!
 //! The modules, in reading order: values first, then the way of a request from the outside in.
 
+pub mod auth;
 pub mod clock;
 pub mod ctim;
 pub mod cyberscan;

@@ -1,0 +1,49 @@
+//! Why a request is not authorized. It must not know the words that are sent.
+
+/// The first check a request failed, in the order they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the texts say it")]
+pub enum AuthError {
+    #[error("there is no Authorization header")]
+    MissingHeader,
+    #[error("the Authorization header is not `Bearer <token>`")]
+    WrongScheme,
+    #[error("the token is not an RS256-signed JWT in its strict form")]
+    Malformed,
+    #[error("the payload names no key issuer")]
+    MissingIssuer,
+    #[error("the key issuer is not on the allow-list or does not answer with a key set")]
+    WrongIssuer,
+    #[error("the key issuer has no usable key of that id")]
+    UnknownKey,
+    #[error("the signature is wrong")]
+    WrongSignature,
+    #[error("the token has expired")]
+    Expired,
+    #[error("the token is not yet valid")]
+    NotYetValid,
+    #[error("the token is for another audience")]
+    WrongAudience,
+    #[error("the payload lacks an API key or a host")]
+    MissingClaims,
+}
+
+impl AuthError {
+    /// Its name in logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MissingHeader => "missing_header",
+            Self::WrongScheme => "wrong_scheme",
+            Self::Malformed => "malformed",
+            Self::MissingIssuer => "missing_issuer",
+            Self::WrongIssuer => "wrong_issuer",
+            Self::UnknownKey => "unknown_key",
+            Self::WrongSignature => "wrong_signature",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::WrongAudience => "wrong_audience",
+            Self::MissingClaims => "missing_claims",
+        }
+    }
+}

@@ -1,0 +1,1151 @@
+//! The accept loop. It owns connections: who gets in, who has to leave, which clock runs for each,
+//! and how all of them end at shutdown. It must not know routes, tenants or what an answer means.
+//!
+//! Four clocks, at most one of which runs for a connection at any moment: `header_timeout` for a
+//! head (and for a fresh connection's first), `idle_timeout` between requests, [`WRITE_TIMEOUT`] for
+//! a peer that does not read, [`LINGER`] for the last bytes of a request that was answered early.
+//! None runs while the service works: the service bounds its own time and that of the body. hyper
+//! has one time-out for head and idling together, so it stays off and the clocks are kept here.
+//!
+//! When the house is full, a new connection takes the place of the one that has waited longest for a
+//! request. A working connection is never closed for another; one that begins a request in the
+//! moment it is asked to leave answers it first, with `connection: close`.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    error::Error as StdError,
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    num::NonZeroUsize,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::{
+    Request, Response,
+    body::{Body, Frame, Incoming, SizeHint},
+    server::conn::http1,
+    service::{Service, service_fn},
+};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+
+use super::framing::{Guard, MAX_HEAD};
+
+/// Fields of a request head, at most.
+const MAX_FIELDS: usize = 64;
+/// How long an answer may wait for a peer to take [`WRITE_STEP`] of it.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A peer that takes a byte at a time makes no progress until it has taken this much.
+const WRITE_STEP: usize = 16 * 1024;
+/// How long a peer may go on sending after it was answered and the answer was the last.
+const LINGER: Duration = Duration::from_secs(5);
+/// The first pause after an accept error that the next accept would meet as well.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// The longest pause, and the shortest time between two log lines about it.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Limits of the public listener.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Connections at any moment.
+    pub max_connections: NonZeroUsize,
+    /// From the first byte of a request's head to its last; for a fresh connection, from accept.
+    pub header_timeout: Duration,
+    /// How long a connection may wait for its next request. Longer than that of the load balancer
+    /// in front, or it sends a request into a connection that is being closed.
+    pub idle_timeout: Duration,
+    /// How long requests in flight may take after shutdown has begun.
+    pub shutdown_timeout: Duration,
+}
+
+/// The address at the other end of the connection, in every request's extensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer(pub SocketAddr);
+
+/// Serves until `shutdown` is cancelled, then drains: stops accepting, closes connections that wait
+/// for a request, and lets those in flight end for at most [`Config::shutdown_timeout`], after which
+/// they are aborted. No task is left when it returns.
+pub async fn serve<A, S, B>(
+    mut listener: A,
+    service: S,
+    config: Config,
+    shutdown: CancellationToken,
+) where
+    A: Accept,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
+    S::Future: Send,
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn StdError + Send + Sync>>,
+{
+    let house = Arc::new(House::new(config.max_connections));
+    let tasks = TaskTracker::new();
+    let abort = CancellationToken::new();
+    // Whoever drops this future drops its connections too.
+    let _abort_on_drop = abort.clone().drop_guard();
+
+    let accepting = async {
+        let mut pauses = Pauses::default();
+        loop {
+            let (io, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) if concerns_one_peer(&error) => continue,
+                Err(error) => {
+                    // Most likely out of file descriptors: the one thing that gives some back.
+                    house.evict_longest_waiting();
+                    sleep(pauses.next(&error)).await;
+                    continue;
+                }
+            };
+            pauses.over();
+            let seat = House::admit(&house, shutdown.child_token()).await;
+            let connection = attend(io, peer, service.clone(), seat, config.clone());
+            let abort = abort.clone();
+            tasks.spawn(async move { abort.run_until_cancelled(connection).await });
+        }
+    };
+    let _: Option<Infallible> = shutdown.run_until_cancelled(accepting).await;
+
+    drop(listener);
+    tasks.close();
+    if timeout(config.shutdown_timeout, tasks.wait())
+        .await
+        .is_err()
+    {
+        warn!(
+            connections = tasks.len(),
+            "requests in flight did not end in time and are aborted"
+        );
+        abort.cancel();
+        tasks.wait().await;
+    }
+}
+
+/// Where connections come from: a listening socket, or a test.
+pub trait Accept {
+    /// The stream of one connection.
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection and the address at its other end.
+    ///
+    /// # Errors
+    /// As accept(2): about one peer, or about this process.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Io, SocketAddr)>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Io = TcpStream;
+
+    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
+        let (stream, peer) = TcpListener::accept(self).await?;
+        // An answer is written whole; waiting for more to send only delays it. The peer may be gone
+        // already, which the connection finds out by itself.
+        let _ = stream.set_nodelay(true);
+        Ok((stream, peer))
+    }
+}
+
+/// An accept error about the connection that was to be accepted; the next one may well succeed.
+/// accept(2) passes on what has already happened to the peer's network.
+fn concerns_one_peer(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, Interrupted,
+        NetworkDown, NetworkUnreachable,
+    };
+    matches!(
+        error.kind(),
+        ConnectionAborted
+            | ConnectionRefused
+            | ConnectionReset
+            | HostUnreachable
+            | Interrupted
+            | NetworkDown
+            | NetworkUnreachable
+    )
+}
+
+/// Pauses after accept errors: each twice as long as the one before, until an accept succeeds.
+#[derive(Default)]
+struct Pauses {
+    last: Option<Duration>,
+    logged: Option<Instant>,
+}
+
+impl Pauses {
+    fn next(&mut self, error: &io::Error) -> Duration {
+        if self.logged.is_none_or(|at| at.elapsed() >= LONGEST_PAUSE) {
+            self.logged = Some(Instant::now());
+            warn!(%error, "cannot accept connections");
+        }
+        let pause = self.last.map_or(FIRST_PAUSE, |last| last * 2);
+        *self.last.insert(pause.min(LONGEST_PAUSE))
+    }
+
+    fn over(&mut self) {
+        self.last = None;
+    }
+}
+
+/// All connections, and the order in which they began to wait for a request.
+struct House {
+    size: usize,
+    rooms: Mutex<Rooms>,
+    /// A connection ended, began to wait, or works although it was asked to leave.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Rooms {
+    open: usize,
+    /// Waiting connections by the turn they took when they began to wait: the first waits longest.
+    waiting: BTreeMap<u64, CancellationToken>,
+    next_turn: u64,
+    /// How many were taken from `waiting` to be evicted and have neither ended nor begun a request.
+    leaving: usize,
+}
+
+impl House {
+    fn new(size: NonZeroUsize) -> Self {
+        Self {
+            size: size.get(),
+            rooms: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Waits until there is room, making it by eviction if any connection can be evicted.
+    async fn admit(house: &Arc<Self>, leave: CancellationToken) -> Arc<Seat> {
+        while !house.enter() {
+            house.evict_longest_waiting();
+            house.changed.notified().await;
+        }
+        let seat = Seat {
+            house: Arc::clone(house),
+            leave,
+            state: Mutex::new(State::new()),
+        };
+        seat.wait(&mut seat.state());
+        Arc::new(seat)
+    }
+
+    fn enter(&self) -> bool {
+        let mut rooms = self.rooms();
+        let room = rooms.open < self.size;
+        rooms.open += usize::from(room);
+        room
+    }
+
+    /// Asks the connection that has waited longest to leave, unless one is on its way out.
+    fn evict_longest_waiting(&self) {
+        let mut rooms = self.rooms();
+        if rooms.leaving > 0 {
+            return;
+        }
+        if let Some((_, leave)) = rooms.waiting.pop_first() {
+            rooms.leaving += 1;
+            drop(rooms);
+            leave.cancel();
+        }
+    }
+
+    fn begin_wait(&self, leave: CancellationToken) -> u64 {
+        let mut rooms = self.rooms();
+        let turn = rooms.next_turn;
+        rooms.next_turn += 1;
+        rooms.waiting.insert(turn, leave);
+        drop(rooms);
+        self.changed.notify_one();
+        turn
+    }
+
+    fn end_wait(&self, turn: u64) {
+        let mut rooms = self.rooms();
+        if rooms.waiting.remove(&turn).is_none() {
+            // Evicted in this very moment. Should it work now, another has to go in its stead.
+            rooms.leaving -= 1;
+            drop(rooms);
+            self.changed.notify_one();
+        }
+    }
+
+    fn exit(&self) {
+        self.rooms().open -= 1;
+        self.changed.notify_one();
+    }
+
+    fn rooms(&self) -> MutexGuard<'_, Rooms> {
+        self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection's place in the house, shared by its task, its stream and its answers.
+struct Seat {
+    house: Arc<House>,
+    leave: CancellationToken,
+    state: Mutex<State>,
+}
+
+struct State {
+    doing: Doing,
+    /// No request has come yet.
+    fresh: bool,
+    /// The partial head on the wire, by its ordinal, and when it was first seen.
+    head: Option<(u64, Instant)>,
+    /// Since when the peer has not taken a [`WRITE_STEP`], and what it has taken of it.
+    stalled: Option<(Instant, usize)>,
+    /// Since when everything is written and the stream is being closed.
+    closing: Option<Instant>,
+}
+
+#[derive(Clone, Copy)]
+enum Doing {
+    /// Waits for a request, and for its turn to be evicted.
+    Waiting { since: Instant, turn: u64 },
+    /// The service works, or its answer's body is not yet all with hyper.
+    Answering,
+    /// hyper has all of the answer, the peer has not.
+    Flushing,
+}
+
+impl State {
+    fn new() -> Self {
+        Self {
+            doing: Doing::Flushing,
+            fresh: true,
+            head: None,
+            stalled: None,
+            closing: None,
+        }
+    }
+}
+
+impl Seat {
+    fn begin_answer(self: &Arc<Self>) -> InFlight {
+        let mut state = self.state();
+        state.fresh = false;
+        if let Doing::Waiting { turn, .. } = std::mem::replace(&mut state.doing, Doing::Answering) {
+            self.house.end_wait(turn);
+        }
+        InFlight(Arc::clone(self))
+    }
+
+    fn wait(&self, state: &mut State) {
+        state.doing = Doing::Waiting {
+            since: Instant::now(),
+            turn: self.house.begin_wait(self.leave.clone()),
+        };
+    }
+
+    fn is_waiting(&self) -> bool {
+        matches!(self.state().doing, Doing::Waiting { .. })
+    }
+
+    /// The peer took `count` bytes of an answer, or none although it should have.
+    fn wrote(&self, count: usize) {
+        let mut state = self.state();
+        state.stalled = match (state.stalled, count) {
+            (None, 0) => Some((Instant::now(), 0)),
+            (Some((since, taken)), _) if taken + count < WRITE_STEP => Some((since, taken + count)),
+            _ => None,
+        };
+    }
+
+    /// hyper has nothing more to write.
+    fn flushed(&self) {
+        let mut state = self.state();
+        state.stalled = None;
+        if matches!(state.doing, Doing::Flushing) {
+            self.wait(&mut state);
+        }
+    }
+
+    fn closing(&self) {
+        self.state().closing.get_or_insert_with(Instant::now);
+    }
+
+    /// When the connection has to end unless something happens before; `None` for never.
+    fn deadline(&self, partial_head: Option<u64>, config: &Config) -> Option<Instant> {
+        let mut state = self.state();
+        let (since, limit) = match (state.closing, state.stalled, state.doing) {
+            (Some(since), _, _) => (since, LINGER),
+            (None, Some((since, _)), _) => (since, WRITE_TIMEOUT),
+            (None, None, Doing::Answering | Doing::Flushing) => return None,
+            (None, None, Doing::Waiting { since, .. }) => {
+                let seen = state.head.filter(|&(head, _)| Some(head) == partial_head);
+                state.head = seen.or(partial_head.map(|head| (head, Instant::now())));
+                match state.head {
+                    _ if state.fresh => (since, config.header_timeout),
+                    Some((_, first_seen)) => (first_seen, config.header_timeout),
+                    None => (since, config.idle_timeout),
+                }
+            }
+        };
+        since.checked_add(limit)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Doing::Waiting { turn, .. } = self.state().doing {
+            self.house.end_wait(turn);
+        }
+        self.house.exit();
+    }
+}
+
+/// A request in flight: from the call of the service until hyper has dropped the answer's body.
+struct InFlight(Arc<Seat>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.state().doing = Doing::Flushing;
+    }
+}
+
+/// Drives one connection to its end.
+async fn attend<IO, S, B>(io: IO, peer: SocketAddr, service: S, seat: Arc<Seat>, config: Config)
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    B: Body + Unpin + 'static,
+    B::Error: Into<Box<dyn StdError + Send + Sync>>,
+{
+    let guard = Guard::new(Watched {
+        io,
+        seat: Arc::clone(&seat),
+    });
+    let progress = guard.progress();
+    let called = Arc::clone(&seat);
+    let answering = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        let in_flight = called.begin_answer();
+        let answer = service.call(request);
+        async move {
+            let answer: Result<_, Infallible> = answer.await;
+            answer.map(|response| response.map(|body| Answer { body, in_flight }))
+        }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .header_read_timeout(None)
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_FIELDS)
+            .keep_alive(true)
+            .half_close(false)
+            .pipeline_flush(false)
+            .serve_connection(TokioIo::new(guard), answering)
+    );
+    let mut leave = pin!(seat.leave.cancelled());
+    let mut alarm = pin!(sleep_until(Instant::now()));
+    let mut leaving = false;
+
+    // All that moves a clock happens while the connection is polled, so looking at the clocks after
+    // each poll is enough.
+    poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+                if let Err(error) = end {
+                    debug!(%error, "connection closed");
+                }
+                return Poll::Ready(());
+            }
+            if !leaving && leave.as_mut().poll(cx).is_ready() {
+                leaving = true;
+                connection.as_mut().graceful_shutdown();
+                continue;
+            }
+            if leaving && seat.is_waiting() {
+                return Poll::Ready(());
+            }
+            let Some(deadline) = seat.deadline(progress.partial_head(), &config) else {
+                return Poll::Pending;
+            };
+            if alarm.deadline() != deadline {
+                alarm.as_mut().reset(deadline);
+            }
+            return alarm.as_mut().poll(cx);
+        }
+    })
+    .await;
+}
+
+/// The body of an answer; the request is in flight for as long as it lives.
+struct Answer<B> {
+    body: B,
+    #[expect(dead_code, reason = "held for its drop")]
+    in_flight: InFlight,
+}
+
+impl<B: Body + Unpin> Body for Answer<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The socket, telling the seat how writing goes.
+struct Watched<IO> {
+    io: IO,
+    seat: Arc<Seat>,
+}
+
+impl<IO> Watched<IO> {
+    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Pending => self.seat.wrote(0),
+            Poll::Ready(Ok(count)) => self.seat.wrote(*count),
+            Poll::Ready(Err(_)) => {}
+        }
+        written
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, out)
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        self.note(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, slices);
+        self.note(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        if flushed.is_ready() {
+            self.seat.flushed();
+        }
+        flushed
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.seat.closing();
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::VecDeque, future::pending};
+
+    use bytes::Bytes;
+    use http_body_util::{BodyExt, Full};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        sync::mpsc,
+        task::yield_now,
+    };
+
+    use super::*;
+
+    const PEER: &str = "203.0.113.7:4711";
+
+    /// Connections and accept errors as a test hands them in.
+    struct Door(mpsc::UnboundedReceiver<io::Result<DuplexStream>>);
+
+    impl Accept for Door {
+        type Io = DuplexStream;
+
+        async fn accept(&mut self) -> io::Result<(DuplexStream, SocketAddr)> {
+            match self.0.recv().await {
+                Some(accepted) => accepted.map(|io| (io, PEER.parse().unwrap())),
+                None => pending().await,
+            }
+        }
+    }
+
+    /// A server on a paused clock, and the clients' side of its door.
+    struct Server {
+        door: mpsc::UnboundedSender<io::Result<DuplexStream>>,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+        started: Instant,
+    }
+
+    impl Server {
+        fn start(max_connections: usize) -> Self {
+            let (door, accepted) = mpsc::unbounded_channel();
+            let shutdown = CancellationToken::new();
+            let tasks = TaskTracker::new();
+            let serving = serve(
+                Door(accepted),
+                service_fn(answer),
+                config(max_connections),
+                shutdown.clone(),
+            );
+            tasks.spawn(serving);
+            tasks.close();
+            let started = Instant::now();
+            Self {
+                door,
+                shutdown,
+                tasks,
+                started,
+            }
+        }
+
+        fn connect(&self) -> Client {
+            self.connect_with_buffer(64 * 1024)
+        }
+
+        fn connect_with_buffer(&self, size: usize) -> Client {
+            let (client, io) = duplex(size);
+            self.door.send(Ok(io)).unwrap();
+            Client(client)
+        }
+
+        /// Whole seconds since the start; fails when the clock stands between two.
+        fn seconds(&self) -> u64 {
+            let since = self.started.elapsed();
+            assert!(
+                since.subsec_millis() < 50,
+                "{since:?} is not a whole number of seconds"
+            );
+            since.as_secs()
+        }
+    }
+
+    struct Client(DuplexStream);
+
+    impl Client {
+        async fn send(&mut self, raw: &str) {
+            self.0.write_all(raw.as_bytes()).await.unwrap();
+        }
+
+        async fn get(&mut self, target: &str) -> String {
+            self.send(&get(target)).await;
+            self.answer().await
+        }
+
+        /// One answer with a short body, or what came before the end.
+        async fn answer(&mut self) -> String {
+            let mut text = String::new();
+            while !text.ends_with("\r\n\r\n.") {
+                match self.0.read_u8().await {
+                    Ok(byte) => text.push(char::from(byte)),
+                    Err(_) => break,
+                }
+            }
+            text
+        }
+
+        /// Everything up to the end of the stream.
+        async fn rest(&mut self) -> Vec<u8> {
+            let mut all = Vec::new();
+            self.0.read_to_end(&mut all).await.unwrap();
+            all
+        }
+
+        async fn is_open(&mut self) -> bool {
+            timeout(Duration::from_millis(1), self.0.read_u8())
+                .await
+                .is_err()
+        }
+    }
+
+    fn get(target: &str) -> String {
+        format!("GET {target} HTTP/1.1\r\nHost: h\r\n\r\n")
+    }
+
+    fn config(max_connections: usize) -> Config {
+        Config {
+            max_connections: NonZeroUsize::new(max_connections).unwrap(),
+            header_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            shutdown_timeout: Duration::from_secs(20),
+        }
+    }
+
+    /// `/SECONDS` answers so much later, `/large` with a megabyte, `/panic` never; `/body` reads the
+    /// request's body first, and CONNECT is refused as the routes would.
+    async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        assert_eq!(
+            request.extensions().get(),
+            Some(&Peer(PEER.parse().unwrap()))
+        );
+        let mut response = Response::new(Full::from("."));
+        match request.uri().path() {
+            "/large" => *response.body_mut() = Full::from(vec![b'.'; 1_000_000]),
+            "/panic" => panic!("on purpose"),
+            "/body" => drop(request.into_body().collect().await),
+            _ if request.method() == "CONNECT" => {
+                *response.status_mut() = hyper::StatusCode::METHOD_NOT_ALLOWED
+            }
+            path => {
+                let seconds = path.trim_start_matches('/').parse().unwrap_or_default();
+                sleep(Duration::from_secs(seconds)).await;
+            }
+        }
+        Ok(response)
+    }
+
+    fn is_200(answer: &str) -> bool {
+        answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n.")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_connection_is_closed_at_the_header_timeout() {
+        let server = Server::start(9);
+        assert_eq!(server.connect().rest().await, b"");
+        assert_eq!(server.seconds(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_head_is_closed_at_the_header_timeout_however_slowly_it_comes() {
+        let server = Server::start(9);
+        let mut half = server.connect();
+        half.send("GET / HTTP/1.1\r\nHo").await;
+        assert_eq!(half.rest().await, b"");
+        assert_eq!(server.seconds(), 10);
+
+        let mut slow = server.connect();
+        for byte in ["G", "E", "T"] {
+            sleep(Duration::from_secs(3)).await;
+            slow.send(byte).await;
+        }
+        assert_eq!(slow.rest().await, b"");
+        assert_eq!(server.seconds(), 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_connection_is_closed_at_the_idle_timeout_and_a_working_one_is_not() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        assert!(is_200(&client.get("/200").await));
+        assert_eq!(server.seconds(), 200);
+        assert_eq!(client.rest().await, b"");
+        assert_eq!(server.seconds(), 275);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_header_timeout_of_a_later_request_runs_from_its_first_byte() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        assert!(is_200(&client.get("/0").await));
+        for begun in [70, 150] {
+            sleep(Duration::from_secs(begun - server.seconds())).await;
+            client.send("GET /0 HT").await;
+            sleep(Duration::from_secs(9)).await;
+            client.send("TP/1.1\r\nHost: h\r\n\r\n").await;
+            assert!(is_200(&client.answer().await), "begun at {begun}");
+        }
+        // The end of one head and the beginning of the next in one packet: a new clock.
+        client.send("GET /0 HT").await;
+        sleep(Duration::from_secs(9)).await;
+        client.send("TP/1.1\r\nHost: h\r\n\r\nGET /0").await;
+        assert!(is_200(&client.answer().await));
+        assert_eq!(server.seconds(), 168);
+        assert_eq!(client.rest().await, b"");
+        assert_eq!(server.seconds(), 178);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pipelined_half_head_has_its_time_when_its_turn_has_come() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        client.send(&(get("/100") + "GET /")).await;
+        assert!(is_200(&client.answer().await));
+        assert_eq!(server.seconds(), 100);
+        assert_eq!(client.rest().await, b"");
+        assert_eq!(server.seconds(), 110);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest() {
+        let server = Server::start(3);
+        let (mut first, mut second, mut third) =
+            (server.connect(), server.connect(), server.connect());
+        for client in [&mut first, &mut second, &mut third] {
+            assert!(is_200(&client.get("/0").await));
+        }
+        assert!(is_200(&first.get("/0").await));
+        second.send("GET /half").await;
+        let (mut fourth, mut fifth) = (server.connect(), server.connect());
+        assert!(is_200(&fourth.get("/0").await), "the newcomer is served");
+        assert_eq!(second.rest().await, b"", "half a head is not a request");
+        assert!(is_200(&fifth.get("/0").await));
+        assert_eq!(third.rest().await, b"");
+        assert!(first.is_open().await);
+        assert!(is_200(&first.get("/0").await));
+        assert_eq!(server.seconds(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_working_connection_is_never_closed_for_a_new_one_which_waits_instead() {
+        let server = Server::start(2);
+        let (mut first, mut second) = (server.connect(), server.connect());
+        first.send(&get("/30")).await;
+        second.send(&get("/60")).await;
+        yield_now().await;
+        let mut third = server.connect();
+        assert!(is_200(&third.get("/0").await));
+        assert_eq!(server.seconds(), 30, "served when the first one was done");
+        assert!(is_200(&first.answer().await), "which has its answer");
+        assert_eq!(first.rest().await, b"");
+        let mut fourth = server.connect();
+        assert!(is_200(&fourth.get("/0").await));
+        assert_eq!(third.rest().await, b"");
+        assert!(is_200(&second.answer().await));
+        assert_eq!(server.seconds(), 60);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_comes_in_the_moment_of_eviction_is_answered() {
+        for newcomer_first in [true, false] {
+            let server = Server::start(1);
+            let mut victim = server.connect();
+            assert!(is_200(&victim.get("/0").await));
+            let mut newcomer = if newcomer_first {
+                let newcomer = server.connect();
+                victim.send(&get("/30")).await;
+                newcomer
+            } else {
+                victim.send(&get("/30")).await;
+                server.connect()
+            };
+            newcomer.send(&get("/0")).await;
+            assert!(is_200(&victim.answer().await));
+            assert!(is_200(&newcomer.answer().await));
+            assert_eq!(server.seconds(), 30);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_evicted_connection_that_works_after_all_lets_another_one_go_in_its_stead() {
+        let house = Arc::new(House::new(NonZeroUsize::new(2).unwrap()));
+        let first = House::admit(&house, CancellationToken::new()).await;
+        let second = House::admit(&house, CancellationToken::new()).await;
+        house.evict_longest_waiting();
+        assert!(first.leave.is_cancelled());
+        house.evict_longest_waiting();
+        assert!(!second.leave.is_cancelled(), "one at a time");
+        let answering = first.begin_answer();
+        house.evict_longest_waiting();
+        assert!(second.leave.is_cancelled());
+        drop((second, answering));
+        assert!(!first.is_waiting(), "the answer is not flushed");
+        first.flushed();
+        assert!(first.is_waiting());
+        drop(first);
+        let rooms = house.rooms();
+        assert_eq!((rooms.open, rooms.waiting.len(), rooms.leaving), (0, 0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_of_the_service_gives_the_place_back() {
+        let server = Server::start(1);
+        assert_eq!(server.connect().get("/panic").await, "");
+        assert!(is_200(&server.connect().get("/0").await));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_does_not_read_is_closed_at_the_write_timeout() {
+        let server = Server::start(9);
+        let mut client = server.connect_with_buffer(1024);
+        client.send(&get("/large")).await;
+        sleep(Duration::from_secs(29)).await;
+        assert_eq!(server.tasks.len(), 1);
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(client.rest().await.len(), 1024, "what was in the buffer");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_reads_by_the_byte_makes_no_progress_and_one_that_reads_slowly_does() {
+        let server = Server::start(9);
+        let mut drip = server.connect_with_buffer(1024);
+        drip.send(&get("/large")).await;
+        let mut taken = 0;
+        while drip.0.read_u8().await.is_ok() {
+            taken += 1;
+            if taken < 40 {
+                sleep(Duration::from_secs(1)).await;
+            }
+        }
+        assert!((1024..1100).contains(&taken), "{taken} bytes");
+
+        let mut slow = server.connect_with_buffer(1024);
+        slow.send(&get("/large")).await;
+        let mut block = vec![0; 20_000];
+        for _ in 0..50 {
+            slow.0.read_exact(&mut block).await.unwrap();
+            sleep(Duration::from_secs(20)).await;
+        }
+        assert!(server.started.elapsed() > Duration::from_secs(1000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn drain_ends_what_waits_and_lets_what_works_end() {
+        let server = Server::start(9);
+        let (mut silent, mut idle, mut half, mut working, mut body) = (
+            server.connect(),
+            server.connect(),
+            server.connect(),
+            server.connect(),
+            server.connect(),
+        );
+        assert!(is_200(&idle.get("/0").await));
+        half.send("GET / HT").await;
+        working.send(&get("/15")).await;
+        body.send("POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n")
+            .await;
+        sleep(Duration::from_secs(5)).await;
+        server.shutdown.cancel();
+        for waiting in [&mut silent, &mut idle, &mut half] {
+            assert_eq!(waiting.rest().await, b"");
+        }
+        assert_eq!(server.seconds(), 5, "at once");
+        let (_, late) = duplex(1);
+        assert!(server.door.send(Ok(late)).is_err(), "the listener is gone");
+        body.send("ab").await;
+        for client in [&mut body, &mut working] {
+            let answer = client.answer().await;
+            assert!(
+                is_200(&answer) && answer.contains("connection: close\r\n"),
+                "{answer}"
+            );
+            assert_eq!(client.rest().await, b"");
+        }
+        server.tasks.wait().await;
+        assert_eq!(server.seconds(), 15, "it returns with its last connection");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_that_outlast_the_shutdown_timeout_are_aborted() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        client.send(&get("/1000")).await;
+        sleep(Duration::from_secs(5)).await;
+        server.shutdown.cancel();
+        server.tasks.wait().await;
+        assert_eq!(server.seconds(), 25);
+        assert_eq!(client.rest().await, b"");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shutdown_is_not_held_up_by_a_connection_that_waits_for_room() {
+        let server = Server::start(1);
+        let mut working = server.connect();
+        working.send(&get("/10")).await;
+        yield_now().await;
+        let mut outside = server.connect();
+        sleep(Duration::from_secs(1)).await;
+        server.shutdown.cancel();
+        assert_eq!(outside.rest().await, b"");
+        assert_eq!(server.seconds(), 1);
+        assert!(is_200(&working.answer().await));
+        server.tasks.wait().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_early_answer_reaches_a_peer_that_is_still_sending() {
+        let server = Server::start(9);
+        let mut client = server.connect_with_buffer(4096);
+        client
+            .send("POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n")
+            .await;
+        for _ in 0..100 {
+            client.send(&"b".repeat(10_000)).await;
+        }
+        assert!(is_200(&client.answer().await));
+        assert_eq!(server.seconds(), 0);
+        while client.0.write_all(b"b").await.is_ok() {
+            sleep(Duration::from_millis(100)).await;
+        }
+        assert_eq!(
+            server.started.elapsed().as_secs(),
+            LINGER.as_secs(),
+            "but not for ever"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_goes_on_sending_after_its_answer_gives_way_at_once() {
+        let server = Server::start(1);
+        let mut sending = server.connect();
+        let head = "POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n";
+        sending.send(head).await;
+        assert!(is_200(&sending.answer().await));
+        assert!(is_200(&server.connect().get("/0").await));
+        assert!(sending.0.write_all(b"b").await.is_err());
+        assert_eq!(server.seconds(), 0);
+
+        let mut sending = server.connect();
+        sending.send(head).await;
+        assert!(is_200(&sending.answer().await));
+        server.shutdown.cancel();
+        server.tasks.wait().await;
+        assert_eq!(server.seconds(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bad_head_is_answered_400_and_closed() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        client.send("GET /0 HTTP/1.1\r\n\r\n").await;
+        let answer = String::from_utf8(client.rest().await).unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"),
+            "{answer}"
+        );
+        assert_eq!(server.seconds(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connect_and_other_forms_of_target_reach_the_service() {
+        let server = Server::start(9);
+        let mut client = server.connect();
+        client
+            .send("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n")
+            .await;
+        assert!(client.answer().await.starts_with("HTTP/1.1 405 "));
+        client.send("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n").await;
+        assert!(is_200(&client.answer().await));
+        assert!(is_200(&client.get("http://h/0").await));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn accept_errors_end_nothing_and_those_of_this_process_evict_and_pause() {
+        let server = Server::start(9);
+        let mut idle: VecDeque<_> = [server.connect(), server.connect()].into();
+        for client in &mut idle {
+            assert!(is_200(&client.get("/0").await));
+        }
+        server
+            .door
+            .send(Err(io::ErrorKind::ConnectionAborted.into()))
+            .unwrap();
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!(server.started.elapsed(), Duration::ZERO, "no pause");
+        let out_of_files = 24;
+        server
+            .door
+            .send(Err(io::Error::from_raw_os_error(out_of_files)))
+            .unwrap();
+        assert_eq!(idle[0].rest().await, b"");
+        assert!(idle[1].is_open().await);
+        assert!(is_200(&server.connect().get("/0").await));
+        assert!(server.started.elapsed() < Duration::from_millis(20));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_double_up_to_a_second_and_begin_anew_after_an_accept() {
+        let mut pauses = Pauses::default();
+        let error = io::Error::from_raw_os_error(24);
+        let taken: Vec<_> = (0..9).map(|_| pauses.next(&error).as_millis()).collect();
+        assert_eq!(taken, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
+        pauses.over();
+        assert_eq!(pauses.next(&error).as_millis(), 10);
+    }
+
+    /// On real sockets and threads: a full house under churn loses no answer and no place.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_full_house_on_real_sockets_serves_everyone_and_drains() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = TaskTracker::new();
+        let service = service_fn(|request: Request<Incoming>| async move {
+            let Peer(peer) = request.extensions().get().copied().unwrap();
+            sleep(Duration::from_millis(u64::from(peer.port() % 3))).await;
+            Ok(Response::new(Full::<Bytes>::from(".")))
+        });
+        server.spawn(serve(listener, service, config(4), shutdown.clone()));
+        server.close();
+
+        let clients = TaskTracker::new();
+        let answered = Arc::new(Mutex::new(0));
+        for _ in 0..40 {
+            let answered = Arc::clone(&answered);
+            clients.spawn(async move {
+                let mut left = 5;
+                while left > 0 {
+                    let mut stream = TcpStream::connect(address).await.unwrap();
+                    // An idle connection may be evicted between two requests, never in one.
+                    while left > 0 && stream.write_all(get("/").as_bytes()).await.is_ok() {
+                        let mut text = Vec::new();
+                        while !text.ends_with(b"\r\n\r\n.") {
+                            match stream.read_u8().await {
+                                Ok(byte) => text.push(byte),
+                                Err(_) => break,
+                            }
+                        }
+                        if text.is_empty() {
+                            break;
+                        }
+                        assert!(text.ends_with(b"\r\n\r\n."), "half an answer");
+                        left -= 1;
+                        *answered.lock().unwrap() += 1;
+                    }
+                }
+            });
+        }
+        clients.close();
+        timeout(Duration::from_secs(20), clients.wait())
+            .await
+            .unwrap();
+        assert_eq!(*answered.lock().unwrap(), 200);
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        sleep(Duration::from_millis(50)).await;
+        shutdown.cancel();
+        timeout(Duration::from_secs(2), server.wait())
+            .await
+            .unwrap();
+        assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
+        assert!(TcpStream::connect(address).await.is_err());
+    }
+}
