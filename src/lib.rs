@@ -1,12 +1,15 @@
 //! cyberscan-relay: the relay between Cisco SecureX/XDR and CyberScan.
 //!
-//! The modules, in reading order: values first, then the way of a request from the outside in.
+//! The modules, in reading order: values and guards at the bottom first, then the way of a
+//! question from CyberScan up to the listener, then what puts it all together.
 
-pub mod auth;
 pub mod clock;
+pub mod flight;
+pub mod egress;
+pub mod tenant;
 pub mod ctim;
 pub mod cyberscan;
-pub mod egress;
-pub mod flight;
+pub mod auth;
+pub mod enrich;
+pub mod http;
 pub mod sandbox;
-pub mod tenant;

@@ -150,7 +150,8 @@ impl Jwks {
         if set.key(kid).is_some() {
             return Ok(set);
         }
-        if set.fetched <= asked && (issuer.may_look_again() || self.0.flights.is_running(&issuer.address.text))
+        if set.fetched <= asked
+            && (issuer.may_look_again() || self.0.flights.is_running(&issuer.address.text))
         {
             // Success or failure, the set in use afterwards decides.
             let _ = self.fetch(issuer).await;

@@ -180,11 +180,7 @@ impl<IO> Guard<IO> {
                     field(self.bytes(line))?;
                 }
                 self.pass(self.line);
-                Ok(Some(if last {
-                    Stage::Head(Head::default())
-                } else {
-                    Stage::Trailers(size)
-                }))
+                Ok(Some(if last { Stage::Head(Head::default()) } else { Stage::Trailers(size) }))
             }
             Stage::Refused | Stage::Broken => Ok(None),
         }
@@ -329,9 +325,7 @@ fn request_line(line: &[u8]) -> Result<(), Refusal> {
 /// `name ":" OWS value OWS`. A folded line and a space before the colon fail as names.
 fn field(line: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     let colon = line.iter().position(|&byte| byte == b':');
-    let (name, value) = colon
-        .and_then(|at| line.split_at_checked(at))
-        .ok_or(Refusal::Malformed)?;
+    let (name, value) = colon.and_then(|at| line.split_at_checked(at)).ok_or(Refusal::Malformed)?;
     let value = value.get(1..).unwrap_or_default();
     require(is_token(name) && value.iter().all(|&byte| !is_control(byte)))?;
     // `trim_ascii` knows more than SP and HTAB, but that was refused as control characters.
@@ -372,11 +366,7 @@ fn within(size: usize, limit: usize) -> Result<(), Refusal> {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Guard<IO> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
             if this.passed > 0 {
@@ -411,11 +401,7 @@ impl<IO: AsyncRead + Unpin> Guard<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guard<IO> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, bytes)
     }
 
@@ -702,11 +688,7 @@ mod tests {
         for piece in [1, 1000, MAX_HEAD + 1] {
             let (fits, not) = (head(MAX_HEAD), head(MAX_HEAD + 1));
             let pieces: Vec<&[u8]> = fits.chunks(piece).collect();
-            assert_eq!(
-                talk(&pieces).await,
-                "[/a+0] 200 open",
-                "in pieces of {piece}"
-            );
+            assert_eq!(talk(&pieces).await, "[/a+0] 200 open", "in pieces of {piece}");
             let pieces: Vec<&[u8]> = not.chunks(piece).collect();
             assert_eq!(talk(&pieces).await, "[] 431 closed", "in pieces of {piece}");
         }
@@ -714,32 +696,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_head_too_large_is_431_whatever_it_is_made_of() {
-        let fields = |count| {
-            format!(
-                "GET /a HTTP/1.1\r\nHost: h\r\n{}\r\n",
-                "X: y\r\n".repeat(count)
-            )
-        };
+        let fields = |count| format!("GET /a HTTP/1.1\r\nHost: h\r\n{}\r\n", "X: y\r\n".repeat(count));
         for (raw, expected) in [
             (fields(63), "[/a+0] 200 open"),
             (fields(64), "[] 431 closed"),
             (fields(20_000), "[] 431 closed"),
-            (
-                format!("GET /{} HTTP/1.1\r\nHost: h\r\n\r\n", "a".repeat(40_000)),
-                "[] 431 closed",
-            ),
+            (format!("GET /{} HTTP/1.1\r\nHost: h\r\n\r\n", "a".repeat(40_000)), "[] 431 closed"),
             ("G".repeat(40_000), "[] 431 closed"),
-            (
-                "GET /a HTTP/1.1\r\nHost: ".to_owned() + &"h".repeat(200_000),
-                "[] 431 closed",
-            ),
+            ("GET /a HTTP/1.1\r\nHost: ".to_owned() + &"h".repeat(200_000), "[] 431 closed"),
         ] {
-            assert_eq!(
-                talk(&[raw.as_bytes()]).await,
-                expected,
-                "{} bytes",
-                raw.len()
-            );
+            assert_eq!(talk(&[raw.as_bytes()]).await, expected, "{} bytes", raw.len());
         }
         let good = "GET /a HTTP/1.1\r\nHost: h\r\n\r\n".to_owned();
         let both = good + &fields(20_000);
@@ -756,24 +722,13 @@ mod tests {
             (chunk(MAX_CHUNK_LINE + 1), "[/a+broken] 422 closed"),
             (trailer(MAX_TRAILERS), "[/a+0] 200 open"),
             (trailer(MAX_TRAILERS + 1), "[/a+broken] 422 closed"),
-            (
-                format!("{start}0\r\n{}", "T: u\r\n".repeat(2_000)),
-                "[/a+broken] 422 closed",
-            ),
-            (
-                format!("{start}{}", "1".repeat(2_000)),
-                "[/a+broken] 422 closed",
-            ),
+            (format!("{start}0\r\n{}", "T: u\r\n".repeat(2_000)), "[/a+broken] 422 closed"),
+            (format!("{start}{}", "1".repeat(2_000)), "[/a+broken] 422 closed"),
         ] {
             let raw = raw.as_bytes();
             for piece in [1, 7, raw.len()] {
                 let pieces: Vec<&[u8]> = raw.chunks(piece).collect();
-                assert_eq!(
-                    talk(&pieces).await,
-                    expected,
-                    "{} bytes by {piece}",
-                    raw.len()
-                );
+                assert_eq!(talk(&pieces).await, expected, "{} bytes by {piece}", raw.len());
             }
         }
     }
@@ -782,8 +737,7 @@ mod tests {
     async fn a_body_larger_than_every_buffer_passes_and_the_next_request_is_found() {
         let body = "b".repeat(3_000_000);
         let next = "GET /b HTTP/1.1\r\nHost: h\r\n\r\n";
-        let sized =
-            format!("POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3000000\r\n\r\n{body}{next}");
+        let sized = format!("POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3000000\r\n\r\n{body}{next}");
         let expected = "[/a+3000000 /b+0] 200 200 open";
         assert_eq!(talk(&[sized.as_bytes()]).await, expected);
         let chunked = format!(
@@ -796,11 +750,7 @@ mod tests {
     async fn forty_pipelined_requests_get_forty_answers() {
         let many = "GET /a HTTP/1.1\r\nHost: h\r\n\r\n".repeat(40);
         let came = talk(&[many.as_bytes()]).await;
-        assert_eq!(
-            (came.matches("/a+0").count(), came.matches("200 ").count()),
-            (40, 40),
-            "{came}"
-        );
+        assert_eq!((came.matches("/a+0").count(), came.matches("200 ").count()), (40, 40), "{came}");
     }
 
     #[tokio::test]
@@ -812,10 +762,7 @@ mod tests {
         assert_eq!(progress.partial_head(), None);
         for (sent, partial) in [
             ("GET /a HTTP/1.1\r\nHost: h\r\n\r\nG", Some(1)),
-            (
-                "ET /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\n",
-                None,
-            ),
+            ("ET /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\n", None),
             ("abc", None),
             ("GET /a HTTP/1.1\r\nHost: h\r\n\r\n", None),
             ("GET / HTTP/1.0\r\n", None),
@@ -824,10 +771,6 @@ mod tests {
             assert!(guard.read(&mut out).await.unwrap() > 0);
             assert_eq!(progress.partial_head(), partial, "{sent}");
         }
-        assert_eq!(
-            guard.read(&mut out).await.unwrap(),
-            0,
-            "nothing after a refusal"
-        );
+        assert_eq!(guard.read(&mut out).await.unwrap(), 0, "nothing after a refusal");
     }
 }

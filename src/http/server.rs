@@ -77,17 +77,10 @@ pub struct Peer(pub SocketAddr);
 /// Serves until `shutdown` is cancelled, then drains: stops accepting, closes connections that wait
 /// for a request, and lets those in flight end for at most [`Config::shutdown_timeout`], after which
 /// they are aborted. No task is left when it returns.
-pub async fn serve<A, S, B>(
-    mut listener: A,
-    service: S,
-    config: Config,
-    shutdown: CancellationToken,
-) where
+pub async fn serve<A, S, B>(mut listener: A, service: S, config: Config, shutdown: CancellationToken)
+where
     A: Accept,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Clone
-        + Send
-        + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
     B: Body + Send + Unpin + 'static,
     B::Data: Send,
@@ -123,14 +116,8 @@ pub async fn serve<A, S, B>(
 
     drop(listener);
     tasks.close();
-    if timeout(config.shutdown_timeout, tasks.wait())
-        .await
-        .is_err()
-    {
-        warn!(
-            connections = tasks.len(),
-            "requests in flight did not end in time and are aborted"
-        );
+    if timeout(config.shutdown_timeout, tasks.wait()).await.is_err() {
+        warn!(connections = tasks.len(), "requests in flight did not end in time and are aborted");
         abort.cancel();
         tasks.wait().await;
     }
@@ -164,8 +151,8 @@ impl Accept for TcpListener {
 /// accept(2) passes on what has already happened to the peer's network.
 fn concerns_one_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{
-        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, Interrupted,
-        NetworkDown, NetworkUnreachable,
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, Interrupted, NetworkDown,
+        NetworkUnreachable,
     };
     matches!(
         error.kind(),
@@ -221,11 +208,7 @@ struct Rooms {
 
 impl House {
     fn new(size: NonZeroUsize) -> Self {
-        Self {
-            size: size.get(),
-            rooms: Mutex::default(),
-            changed: Notify::new(),
-        }
+        Self { size: size.get(), rooms: Mutex::default(), changed: Notify::new() }
     }
 
     /// Waits until there is room, making it by eviction if any connection can be evicted.
@@ -234,11 +217,7 @@ impl House {
             house.evict_longest_waiting();
             house.changed.notified().await;
         }
-        let seat = Seat {
-            house: Arc::clone(house),
-            leave,
-            state: Mutex::new(State::new()),
-        };
+        let seat = Seat { house: Arc::clone(house), leave, state: Mutex::new(State::new()) };
         seat.wait(&mut seat.state());
         Arc::new(seat)
     }
@@ -324,13 +303,7 @@ enum Doing {
 
 impl State {
     fn new() -> Self {
-        Self {
-            doing: Doing::Flushing,
-            fresh: true,
-            head: None,
-            stalled: None,
-            closing: None,
-        }
+        Self { doing: Doing::Flushing, fresh: true, head: None, stalled: None, closing: None }
     }
 }
 
@@ -345,10 +318,8 @@ impl Seat {
     }
 
     fn wait(&self, state: &mut State) {
-        state.doing = Doing::Waiting {
-            since: Instant::now(),
-            turn: self.house.begin_wait(self.leave.clone()),
-        };
+        state.doing =
+            Doing::Waiting { since: Instant::now(), turn: self.house.begin_wait(self.leave.clone()) };
     }
 
     fn is_waiting(&self) -> bool {
@@ -429,10 +400,7 @@ where
     B: Body + Unpin + 'static,
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
-    let guard = Guard::new(Watched {
-        io,
-        seat: Arc::clone(&seat),
-    });
+    let guard = Guard::new(Watched { io, seat: Arc::clone(&seat) });
     let progress = guard.progress();
     let called = Arc::clone(&seat);
     let answering = service_fn(move |mut request: Request<Incoming>| {
@@ -543,11 +511,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
         self.note(written)
     }
@@ -622,21 +586,12 @@ mod tests {
             let (door, accepted) = mpsc::unbounded_channel();
             let shutdown = CancellationToken::new();
             let tasks = TaskTracker::new();
-            let serving = serve(
-                Door(accepted),
-                service_fn(answer),
-                config(max_connections),
-                shutdown.clone(),
-            );
+            let serving =
+                serve(Door(accepted), service_fn(answer), config(max_connections), shutdown.clone());
             tasks.spawn(serving);
             tasks.close();
             let started = Instant::now();
-            Self {
-                door,
-                shutdown,
-                tasks,
-                started,
-            }
+            Self { door, shutdown, tasks, started }
         }
 
         fn connect(&self) -> Client {
@@ -652,10 +607,7 @@ mod tests {
         /// Whole seconds since the start; fails when the clock stands between two.
         fn seconds(&self) -> u64 {
             let since = self.started.elapsed();
-            assert!(
-                since.subsec_millis() < 50,
-                "{since:?} is not a whole number of seconds"
-            );
+            assert!(since.subsec_millis() < 50, "{since:?} is not a whole number of seconds");
             since.as_secs()
         }
     }
@@ -692,9 +644,7 @@ mod tests {
         }
 
         async fn is_open(&mut self) -> bool {
-            timeout(Duration::from_millis(1), self.0.read_u8())
-                .await
-                .is_err()
+            timeout(Duration::from_millis(1), self.0.read_u8()).await.is_err()
         }
     }
 
@@ -714,10 +664,7 @@ mod tests {
     /// `/SECONDS` answers so much later, `/large` with a megabyte, `/panic` never; `/body` reads the
     /// request's body first, and CONNECT is refused as the routes would.
     async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        assert_eq!(
-            request.extensions().get(),
-            Some(&Peer(PEER.parse().unwrap()))
-        );
+        assert_eq!(request.extensions().get(), Some(&Peer(PEER.parse().unwrap())));
         let mut response = Response::new(Full::from("."));
         match request.uri().path() {
             "/large" => *response.body_mut() = Full::from(vec![b'.'; 1_000_000]),
@@ -808,8 +755,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest() {
         let server = Server::start(3);
-        let (mut first, mut second, mut third) =
-            (server.connect(), server.connect(), server.connect());
+        let (mut first, mut second, mut third) = (server.connect(), server.connect(), server.connect());
         for client in [&mut first, &mut second, &mut third] {
             assert!(is_200(&client.get("/0").await));
         }
@@ -931,18 +877,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn drain_ends_what_waits_and_lets_what_works_end() {
         let server = Server::start(9);
-        let (mut silent, mut idle, mut half, mut working, mut body) = (
-            server.connect(),
-            server.connect(),
-            server.connect(),
-            server.connect(),
-            server.connect(),
-        );
+        let (mut silent, mut idle, mut half, mut working, mut body) =
+            (server.connect(), server.connect(), server.connect(), server.connect(), server.connect());
         assert!(is_200(&idle.get("/0").await));
         half.send("GET / HT").await;
         working.send(&get("/15")).await;
-        body.send("POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n")
-            .await;
+        body.send("POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n").await;
         sleep(Duration::from_secs(5)).await;
         server.shutdown.cancel();
         for waiting in [&mut silent, &mut idle, &mut half] {
@@ -954,10 +894,7 @@ mod tests {
         body.send("ab").await;
         for client in [&mut body, &mut working] {
             let answer = client.answer().await;
-            assert!(
-                is_200(&answer) && answer.contains("connection: close\r\n"),
-                "{answer}"
-            );
+            assert!(is_200(&answer) && answer.contains("connection: close\r\n"), "{answer}");
             assert_eq!(client.rest().await, b"");
         }
         server.tasks.wait().await;
@@ -995,9 +932,7 @@ mod tests {
     async fn an_early_answer_reaches_a_peer_that_is_still_sending() {
         let server = Server::start(9);
         let mut client = server.connect_with_buffer(4096);
-        client
-            .send("POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n")
-            .await;
+        client.send("POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n").await;
         for _ in 0..100 {
             client.send(&"b".repeat(10_000)).await;
         }
@@ -1006,11 +941,7 @@ mod tests {
         while client.0.write_all(b"b").await.is_ok() {
             sleep(Duration::from_millis(100)).await;
         }
-        assert_eq!(
-            server.started.elapsed().as_secs(),
-            LINGER.as_secs(),
-            "but not for ever"
-        );
+        assert_eq!(server.started.elapsed().as_secs(), LINGER.as_secs(), "but not for ever");
     }
 
     #[tokio::test(start_paused = true)]
@@ -1038,10 +969,7 @@ mod tests {
         let mut client = server.connect();
         client.send("GET /0 HTTP/1.1\r\n\r\n").await;
         let answer = String::from_utf8(client.rest().await).unwrap();
-        assert!(
-            answer.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"),
-            "{answer}"
-        );
+        assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"), "{answer}");
         assert_eq!(server.seconds(), 0);
     }
 
@@ -1049,9 +977,7 @@ mod tests {
     async fn connect_and_other_forms_of_target_reach_the_service() {
         let server = Server::start(9);
         let mut client = server.connect();
-        client
-            .send("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n")
-            .await;
+        client.send("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(client.answer().await.starts_with("HTTP/1.1 405 "));
         client.send("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(is_200(&client.answer().await));
@@ -1065,17 +991,11 @@ mod tests {
         for client in &mut idle {
             assert!(is_200(&client.get("/0").await));
         }
-        server
-            .door
-            .send(Err(io::ErrorKind::ConnectionAborted.into()))
-            .unwrap();
+        server.door.send(Err(io::ErrorKind::ConnectionAborted.into())).unwrap();
         assert!(is_200(&server.connect().get("/0").await));
         assert_eq!(server.started.elapsed(), Duration::ZERO, "no pause");
         let out_of_files = 24;
-        server
-            .door
-            .send(Err(io::Error::from_raw_os_error(out_of_files)))
-            .unwrap();
+        server.door.send(Err(io::Error::from_raw_os_error(out_of_files))).unwrap();
         assert_eq!(idle[0].rest().await, b"");
         assert!(idle[1].is_open().await);
         assert!(is_200(&server.connect().get("/0").await));
@@ -1135,16 +1055,12 @@ mod tests {
             });
         }
         clients.close();
-        timeout(Duration::from_secs(20), clients.wait())
-            .await
-            .unwrap();
+        timeout(Duration::from_secs(20), clients.wait()).await.unwrap();
         assert_eq!(*answered.lock().unwrap(), 200);
         let mut silent = TcpStream::connect(address).await.unwrap();
         sleep(Duration::from_millis(50)).await;
         shutdown.cancel();
-        timeout(Duration::from_secs(2), server.wait())
-            .await
-            .unwrap();
+        timeout(Duration::from_secs(2), server.wait()).await.unwrap();
         assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
         assert!(TcpStream::connect(address).await.is_err());
     }

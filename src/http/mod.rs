@@ -1,0 +1,197 @@
+//! The public listener: routes, and what HTTP adds to a question and its answer. It must not know
+//! how tokens are verified or where findings come from.
+//!
+//! Every answer of a relay route is HTTP 200 with `data`, `errors` or both, whatever happens:
+//! the platform turns anything else into an opaque failure. Faults of HTTP itself keep their 4xx.
+
+mod body;
+mod error_reply;
+pub(crate) mod framing;
+mod health;
+mod observables;
+mod observe;
+mod plain;
+mod refer;
+pub mod server;
+
+use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{FutureExt, Stream};
+use http::{HeaderMap, Method, Request, StatusCode};
+use hyper::{body::Incoming, service::Service};
+use hyper_util::service::TowerToHyperService;
+use tracing::error;
+use warp::{Buf, Filter, Rejection, filters::BoxedFilter, reply::Response as Reply};
+
+use crate::{
+    auth::{Authenticator, Authorized, Credentials},
+    ctim::ErrorItem,
+    cyberscan::CyberScan,
+    enrich::Enricher,
+};
+use body::Limits;
+use server::Peer;
+
+/// Settings `server.*`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The connections.
+    pub connections: server::Config,
+    /// `server.body_limit`: the most bytes of a request body.
+    pub body_limit: usize,
+    /// `server.body_timeout`: how long a body may take to arrive.
+    pub body_timeout: Duration,
+}
+
+/// What the handlers work with; a cheap clone.
+pub struct Relay<P> {
+    authenticator: Authenticator,
+    enricher: Enricher<P>,
+    limits: Limits,
+}
+
+impl<P> Clone for Relay<P> {
+    fn clone(&self) -> Self {
+        Self {
+            authenticator: self.authenticator.clone(),
+            enricher: self.enricher.clone(),
+            limits: self.limits,
+        }
+    }
+}
+
+impl<P: CyberScan> Relay<P> {
+    /// The relay behind the routes.
+    #[must_use]
+    pub fn new(authenticator: Authenticator, enricher: Enricher<P>, config: &Config) -> Self {
+        let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
+        Self { authenticator, enricher, limits }
+    }
+
+    async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {
+        let credentials = Credentials { headers, peer: peer.map(|Peer(address)| address.ip()) };
+        Ok(self.authenticator.authorize(credentials).await?)
+    }
+
+    /// Who asks and what: a request that is not authorized never has its body read.
+    async fn admit(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<Peer>,
+        body: impl Stream<Item = Result<impl Buf, warp::Error>>,
+    ) -> Result<(Authorized, Bytes), ErrorItem> {
+        let authorized = self.authorize(headers, peer).await?;
+        Ok((authorized, body::read(headers, body, self.limits).await?))
+    }
+}
+
+/// The whole service: the routes, behind what would break them, with a net below them.
+pub fn service<P: CyberScan>(
+    relay: &Relay<P>,
+) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone {
+    let routes = TowerToHyperService::new(warp::service(routes(relay)));
+    hyper::service::service_fn(move |request: Request<Incoming>| {
+        // Targets without a path (`CONNECT host:443`, `OPTIONS *`) panic some of warp's path filters.
+        let has_path = request.uri().path().starts_with('/');
+        let answer = has_path.then(|| catching_panics(routes.call(request)));
+        async move {
+            match answer {
+                Some(answer) => answer.await,
+                None => {
+                    Ok(error_reply::http_error(StatusCode::METHOD_NOT_ALLOWED, Some("GET, POST, OPTIONS")))
+                }
+            }
+        }
+    })
+}
+
+/// A panic of a handler is one error reply; the connection and all others go on.
+async fn catching_panics(
+    answer: impl Future<Output = Result<Reply, Infallible>>,
+) -> Result<Reply, Infallible> {
+    AssertUnwindSafe(answer).catch_unwind().await.unwrap_or_else(|_| {
+        error!("a handler panicked");
+        Ok(error_reply::internal_error())
+    })
+}
+
+/// The routes of the public listener.
+fn routes<P: CyberScan>(
+    relay: &Relay<P>,
+) -> impl Filter<Extract = (Reply,), Error = Infallible> + Clone + use<P> {
+    let with_relay = {
+        let relay = relay.clone();
+        warp::any().map(move || relay.clone())
+    };
+    let health = warp::path!("health")
+        .and(on(&[Method::POST], "POST, OPTIONS"))
+        .and(with_relay.clone())
+        .and(warp::header::headers_cloned())
+        .and(warp::ext::optional())
+        .then(health::health)
+        .boxed();
+    let observe = warp::path!("observe" / "observables")
+        .and(on(&[Method::POST], "POST, OPTIONS"))
+        .and(with_relay.clone())
+        .and(warp::header::headers_cloned())
+        .and(warp::ext::optional())
+        .and(warp::body::stream())
+        .then(observe::observe)
+        .boxed();
+    let refer = warp::path!("refer" / "observables")
+        .and(on(&[Method::POST], "POST, OPTIONS"))
+        .and(with_relay)
+        .and(warp::header::headers_cloned())
+        .and(warp::ext::optional())
+        .and(warp::body::stream())
+        .then(refer::refer)
+        .boxed();
+    let version =
+        warp::path!("version").and(on(&[Method::POST], "POST, OPTIONS")).map(plain::version).boxed();
+    let watchdog = warp::path!("watchdog")
+        .and(on(&[Method::GET, Method::HEAD], "GET, HEAD, OPTIONS"))
+        .and(warp::header::headers_cloned())
+        .map(plain::watchdog)
+        .boxed();
+    let landing = warp::path::end()
+        .and(on(&[Method::GET, Method::HEAD], "GET, HEAD, OPTIONS"))
+        .map(plain::landing)
+        .boxed();
+    let routes = health.or(observe).unify().or(refer).unify().or(version).unify();
+    routes.or(watchdog).unify().or(landing).unify().recover(refuse).unify()
+}
+
+/// A known path with a method it does not have.
+#[derive(Debug)]
+struct WrongMethod {
+    asked: Method,
+    allow: &'static str,
+}
+
+impl warp::reject::Reject for WrongMethod {}
+
+/// Passes requests of the given `methods`.
+fn on(methods: &'static [Method], allow: &'static str) -> BoxedFilter<()> {
+    warp::method()
+        .and_then(move |asked: Method| async move {
+            if methods.contains(&asked) {
+                Ok(())
+            } else {
+                Err(warp::reject::custom(WrongMethod { asked, allow }))
+            }
+        })
+        .untuple_one()
+        .boxed()
+}
+
+/// The answer where no route answered.
+async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
+    Ok(match rejection.find::<WrongMethod>() {
+        Some(WrongMethod { asked, allow }) if *asked == Method::OPTIONS => plain::options(allow),
+        Some(WrongMethod { allow, .. }) => {
+            error_reply::http_error(StatusCode::METHOD_NOT_ALLOWED, Some(allow))
+        }
+        None => error_reply::http_error(StatusCode::NOT_FOUND, None),
+    })
+}

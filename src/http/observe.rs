@@ -1,0 +1,54 @@
+//! `POST /observe/observables`: what CyberScan has seen at each observable.
+
+use futures_util::Stream;
+use http::HeaderMap;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use warp::{Buf, reply::Response as Reply};
+
+use super::{Peer, Relay, error_reply, observables};
+use crate::{ctim::ErrorItem, cyberscan::CyberScan, enrich::Findings};
+
+/// `{"sightings": {"count", "docs"}}`, or `{}` where there is none.
+#[derive(Serialize)]
+struct Entities {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sightings: Option<Sightings>,
+}
+
+#[derive(Serialize)]
+struct Sightings {
+    count: usize,
+    docs: Vec<Box<RawValue>>,
+}
+
+pub(super) async fn observe<P: CyberScan>(
+    relay: Relay<P>,
+    headers: HeaderMap,
+    peer: Option<Peer>,
+    body: impl Stream<Item = Result<impl Buf, warp::Error>>,
+) -> Reply {
+    match sightings(&relay, &headers, peer, body).await {
+        Ok(Findings { docs, problems }) => {
+            let found = !docs.is_empty();
+            let sightings = found.then(|| Sightings { count: docs.len(), docs });
+            error_reply::partial(Entities { sightings }, found, &problems)
+        }
+        Err(error) => error_reply::error(error),
+    }
+}
+
+async fn sightings<P: CyberScan>(
+    relay: &Relay<P>,
+    headers: &HeaderMap,
+    peer: Option<Peer>,
+    body: impl Stream<Item = Result<impl Buf, warp::Error>>,
+) -> Result<Findings<Box<RawValue>>, ErrorItem> {
+    let due = relay.enricher.due();
+    let (authorized, body) = relay.admit(headers, peer, body).await?;
+    let observables = observables::parse(&body)?;
+    if observables.is_empty() {
+        return Ok(Findings::default());
+    }
+    Ok(relay.enricher.observe(authorized.tenant?, &observables, authorized.entities_limit, due).await)
+}

@@ -1,0 +1,42 @@
+//! `POST /refer/observables`: where CyberScan shows each observable to a person.
+
+use futures_util::Stream;
+use http::HeaderMap;
+use warp::{Buf, reply::Response as Reply};
+
+use super::{Peer, Relay, error_reply, observables};
+use crate::{
+    ctim::{ErrorItem, Reference},
+    cyberscan::CyberScan,
+    enrich::Findings,
+};
+
+pub(super) async fn refer<P: CyberScan>(
+    relay: Relay<P>,
+    headers: HeaderMap,
+    peer: Option<Peer>,
+    body: impl Stream<Item = Result<impl Buf, warp::Error>>,
+) -> Reply {
+    match references(&relay, &headers, peer, body).await {
+        Ok(Findings { docs, problems }) => {
+            let found = !docs.is_empty();
+            error_reply::partial(docs, found, &problems)
+        }
+        Err(error) => error_reply::error(error),
+    }
+}
+
+async fn references<P: CyberScan>(
+    relay: &Relay<P>,
+    headers: &HeaderMap,
+    peer: Option<Peer>,
+    body: impl Stream<Item = Result<impl Buf, warp::Error>>,
+) -> Result<Findings<Reference>, ErrorItem> {
+    let due = relay.enricher.due();
+    let (authorized, body) = relay.admit(headers, peer, body).await?;
+    let observables = observables::parse(&body)?;
+    if observables.is_empty() {
+        return Ok(Findings::default());
+    }
+    Ok(relay.enricher.refer(authorized.tenant?, &observables, due).await)
+}
