@@ -13,3 +13,8 @@ pub mod auth;
 pub mod enrich;
 pub mod http;
 pub mod sandbox;
+pub mod telemetry;
+pub mod settings;
+pub mod app;
+pub mod probe;
+pub mod demo;

@@ -89,7 +89,7 @@ impl<P: CyberScan> Relay<P> {
 /// The whole service: the routes, behind what would break them, with a net below them.
 pub fn service<P: CyberScan>(
     relay: &Relay<P>,
-) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone {
+) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone + use<P> {
     let routes = TowerToHyperService::new(warp::service(routes(relay)));
     hyper::service::service_fn(move |request: Request<Incoming>| {
         // Targets without a path (`CONNECT host:443`, `OPTIONS *`) panic some of warp's path filters.

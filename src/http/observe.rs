@@ -31,7 +31,7 @@ pub(super) async fn observe<P: CyberScan>(
     match sightings(&relay, &headers, peer, body).await {
         Ok(Findings { docs, problems }) => {
             let found = !docs.is_empty();
-            let sightings = found.then(|| Sightings { count: docs.len(), docs });
+            let sightings = found.then_some(Sightings { count: docs.len(), docs });
             error_reply::partial(Entities { sightings }, found, &problems)
         }
         Err(error) => error_reply::error(error),

@@ -1,0 +1,56 @@
+//! The whole relay, put together. It alone knows all parts; it decides nothing they could decide.
+
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    auth::Authenticator,
+    clock::Clock,
+    cyberscan::Client,
+    egress::Http,
+    enrich::Enricher,
+    http::{self, Relay},
+    settings::Settings,
+};
+
+/// How long background tasks may take to end after the last request.
+const LAST_TASKS: Duration = Duration::from_secs(2);
+
+/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended.
+///
+/// # Errors
+/// When a part cannot be set up: a certificate file that cannot be read, TLS without any root.
+pub async fn run(
+    settings: Settings,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    if settings.auth.audiences.is_empty() {
+        warn!("auth.audiences is not set: the audience of tokens is derived from each request's Host header");
+    }
+    let clock = Clock::system();
+    let tasks = TaskTracker::new();
+    let egress = Http::new(&settings.egress)?;
+    let authenticator = Authenticator::new(
+        settings.auth,
+        settings.cyberscan.hosts.clone(),
+        egress.clone(),
+        clock,
+        tasks.clone(),
+    );
+    let client = Client::new(settings.cyberscan, egress, clock, tasks.clone());
+    let enricher = Enricher::new(client, settings.enrich);
+    let service = http::service(&Relay::new(authenticator, enricher, &settings.http));
+
+    info!(listen = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "ready");
+    http::server::serve(listener, service, settings.http.connections, shutdown).await;
+    tasks.close();
+    if tokio::time::timeout(LAST_TASKS, tasks.wait()).await.is_err() {
+        warn!(tasks = tasks.len(), "background tasks did not end in time");
+    }
+    info!("stopped");
+    Ok(())
+}

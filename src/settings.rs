@@ -1,0 +1,641 @@
+//! Settings: compiled-in defaults, a TOML file over them, the environment over both. It owns the
+//! list of keys and how faults are told; what a value means belongs to the module that uses it.
+//!
+//! A configuration is read to its end before it is refused, so that all its faults are told at
+//! once, each with its key, where it came from and what was expected.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use figment::{
+    Figment, Metadata, Profile, Provider,
+    providers::{Format, Toml},
+    value::{Dict, Map, Num, Tag, Value},
+};
+use url::Url;
+
+use crate::{auth, cyberscan, egress, enrich, http, telemetry};
+
+/// The documented defaults are the defaults.
+const DEFAULTS: &str = include_str!("../config/default.toml");
+
+/// Everything that can be set, read and checked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `listen`: the public listener.
+    pub listen: SocketAddr,
+    /// `auth.*`
+    pub auth: auth::Config,
+    /// `cyberscan.*`
+    pub cyberscan: cyberscan::Config,
+    /// `egress.*`
+    pub egress: egress::Config,
+    /// `request.*` and `ctim.*`
+    pub enrich: enrich::Config,
+    /// `server.*`
+    pub http: http::Config,
+    /// `log.*`
+    pub log: telemetry::Config,
+    effective: Vec<Effective>,
+}
+
+/// One key, the value in force and where it was set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Effective {
+    /// The key.
+    pub key: &'static str,
+    /// The value as text; a secret shows only that it is set.
+    pub value: String,
+    /// The layer that set it.
+    pub source: String,
+}
+
+/// What is wrong with a configuration: all of it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Faults(pub Vec<Fault>);
+
+/// One fault.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The key.
+    pub key: String,
+    /// The layer it came from.
+    pub source: String,
+    /// What is wrong, or what was expected.
+    pub message: String,
+}
+
+impl Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} fault(s):", self.0.len())?;
+        for Fault { key, source, message } in &self.0 {
+            write!(f, "\n  {key} ({source}): {message}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A key and what kind of thing it holds.
+struct Key {
+    name: &'static str,
+    secret: bool,
+}
+
+const fn key(name: &'static str) -> Key {
+    Key { name, secret: false }
+}
+
+const fn secret(name: &'static str) -> Key {
+    Key { name, secret: true }
+}
+
+/// Every key there is.
+const KEYS: &[Key] = &[
+    key("listen"),
+    key("server.max_connections"),
+    key("server.header_timeout"),
+    key("server.idle_timeout"),
+    key("server.body_limit"),
+    key("server.body_timeout"),
+    key("server.shutdown_timeout"),
+    key("request.deadline"),
+    key("request.concurrency"),
+    key("auth.audiences"),
+    key("auth.jwks_hosts"),
+    key("auth.require_exp"),
+    key("auth.revalidate"),
+    key("auth.trusted_proxies"),
+    key("cyberscan.hosts"),
+    key("cyberscan.timeout"),
+    key("egress.allow_cidrs"),
+    secret("egress.proxy"),
+    key("egress.extra_ca_file"),
+    key("ctim.tlp"),
+    key("log.format"),
+    key("log.level"),
+    key("admin.listen"),
+    secret("admin.token"),
+    secret("redis.url"),
+    secret("redis.encryption_key"),
+    key("cache.memory"),
+    key("cache.fresh"),
+    key("cache.stale_while_revalidate"),
+    key("cache.stale_if_error"),
+    key("cache.negative"),
+    key("cache.refresh_ahead"),
+    key("limiter.tenant"),
+    key("limiter.fleet"),
+    key("worker.enabled"),
+];
+
+impl Key {
+    fn variable(&self) -> String {
+        variable(self.name)
+    }
+}
+
+/// `a.b` is `RELAY_A_B`.
+fn variable(key: &str) -> String {
+    format!("RELAY_{}", key.replace('.', "_").to_ascii_uppercase())
+}
+
+/// The name of the layer of environment variables.
+const ENVIRONMENT: &str = "environment";
+
+impl Settings {
+    /// Reads the settings: the defaults, `file` over them, `environment` over both.
+    ///
+    /// # Errors
+    /// All [`Faults`] of the configuration.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, Faults> {
+        let mut faults = Vec::new();
+        let mut figment = Figment::new();
+        for layer in [
+            Layer::toml("default", DEFAULTS),
+            file.map_or_else(|| Ok(Layer::default()), Layer::file),
+            Ok(Layer::environment(environment, &mut faults)),
+        ] {
+            match layer {
+                Ok(layer) => {
+                    layer.report_unknown_keys(&mut faults);
+                    figment = figment.merge(layer);
+                }
+                Err(fault) => faults.push(fault),
+            }
+        }
+        read(&mut Reader { figment, faults, effective: Vec::new() })
+    }
+
+    /// Every key that is set, in the order of the documentation.
+    #[must_use]
+    pub fn effective(&self) -> &[Effective] {
+        &self.effective
+    }
+}
+
+fn read(from: &mut Reader) -> Result<Settings, Faults> {
+    // Every value is read before the first is missed: this is what tells all faults at once.
+    let listen = from.value("listen", "an address and a port such as 0.0.0.0:9090");
+    let max_connections = from.value("server.max_connections", COUNT);
+    let header_timeout = from.duration("server.header_timeout");
+    let idle_timeout = from.duration("server.idle_timeout");
+    let body_limit = from.value("server.body_limit", SIZE);
+    let body_timeout = from.duration("server.body_timeout");
+    let shutdown_timeout = from.duration("server.shutdown_timeout");
+    let deadline = from.duration("request.deadline");
+    let concurrency = from.value("request.concurrency", COUNT);
+    let audiences = from.list::<String>("auth.audiences", "URLs");
+    let jwks_hosts = from.list("auth.jwks_hosts", "host names, with a port or path if need be");
+    let require_exp = from.value("auth.require_exp", "true or false");
+    let trusted_proxies = from.list("auth.trusted_proxies", NETWORKS);
+    let hosts = from.list::<egress::host::HostPattern>("cyberscan.hosts", "host names, *.domain or *");
+    let timeout = from.duration("cyberscan.timeout");
+    let allow_cidrs = from.list("egress.allow_cidrs", NETWORKS);
+    let proxy = from.optional::<ProxyUrl>("egress.proxy", "a URL such as http://proxy.example:3128");
+    let extra_ca_file = from.optional::<PathBuf>("egress.extra_ca_file", "the path of a file");
+    let tlp = from.value("ctim.tlp", "white, green, amber or red");
+    let format = from.value("log.format", "json or text");
+    let level = from.value("log.level", "a level such as info, or filter directives");
+    if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
+        from.fault::<()>("request.deadline", "expected at least 1s");
+    }
+
+    let settings = || {
+        Some(Settings {
+            listen: listen?,
+            auth: auth::Config {
+                audiences: audiences?,
+                jwks_hosts: jwks_hosts?,
+                require_exp: require_exp?,
+                trusted_proxies: trusted_proxies?,
+            },
+            cyberscan: cyberscan::Config { hosts: hosts?.into_iter().collect(), timeout: timeout? },
+            egress: egress::Config {
+                allow_cidrs: allow_cidrs?,
+                proxy: proxy?.map(|ProxyUrl(url)| url),
+                extra_ca_file: extra_ca_file?,
+            },
+            enrich: enrich::Config { deadline: deadline?, concurrency: concurrency?, tlp: tlp? },
+            http: http::Config {
+                connections: http::server::Config {
+                    max_connections: max_connections?,
+                    header_timeout: header_timeout?,
+                    idle_timeout: idle_timeout?,
+                    shutdown_timeout: shutdown_timeout?,
+                },
+                body_limit: body_limit.map(|Size(bytes)| bytes)?,
+                body_timeout: body_timeout?,
+            },
+            log: telemetry::Config { format: format?, level: level? },
+            effective: std::mem::take(&mut from.effective),
+        })
+    };
+    match settings() {
+        Some(settings) if from.faults.is_empty() => Ok(settings),
+        _ => Err(Faults(std::mem::take(&mut from.faults))),
+    }
+}
+
+const COUNT: &str = "a number above 0";
+const SIZE: &str = "a size such as 64MiB, or a number of bytes";
+const NETWORKS: &str = "networks such as 10.0.0.0/8";
+
+/// Reads values and collects what is wrong with them.
+struct Reader {
+    figment: Figment,
+    faults: Vec<Fault>,
+    effective: Vec<Effective>,
+}
+
+impl Reader {
+    /// The value of `key`; `None` is a fault that has been noted.
+    fn value<T: FromStr>(&mut self, key: &'static str, expected: &str) -> Option<T> {
+        let value = self.optional(key, expected)?;
+        if value.is_none() {
+            return self.fault(key, format!("expected {expected}"));
+        }
+        value
+    }
+
+    /// As [`Reader::value`]; a key that is absent or empty is `Some(None)`.
+    fn optional<T: FromStr>(&mut self, key: &'static str, expected: &str) -> Option<Option<T>> {
+        let Some(value) = self.find(key) else {
+            return Some(None);
+        };
+        let Some(text) = text(&value) else {
+            return self.fault(key, format!("expected {expected}"));
+        };
+        self.note(key, &text);
+        match text.trim() {
+            "" => Some(None),
+            text => match text.parse() {
+                Ok(value) => Some(Some(value)),
+                Err(_) => self.unfit(key, text, expected),
+            },
+        }
+    }
+
+    fn duration(&mut self, key: &'static str) -> Option<Duration> {
+        self.value(key, "a duration such as 500ms, 10s or 15m").map(|Span(duration)| duration)
+    }
+
+    /// The values of a list: a TOML list, or a text with commas.
+    fn list<T: FromStr>(&mut self, key: &'static str, expected: &str) -> Option<Vec<T>> {
+        let texts: Option<Vec<String>> = match self.find(key) {
+            None => Some(Vec::new()),
+            Some(Value::Array(_, items)) => items.iter().map(text).collect(),
+            Some(value) => {
+                text(&value).map(|text| text.split(',').map(|item| item.trim().to_owned()).collect())
+            }
+        };
+        let Some(mut texts) = texts else {
+            return self.fault(key, format!("expected {expected}"));
+        };
+        texts.retain(|text| !text.is_empty());
+        self.note(key, &texts.join(","));
+        let mut values = Some(Vec::new());
+        for text in &texts {
+            match text.parse() {
+                Ok(value) => {
+                    values = values.map(|mut values| {
+                        values.push(value);
+                        values
+                    })
+                }
+                Err(_) => values = self.unfit(key, text, expected),
+            }
+        }
+        values
+    }
+
+    fn find(&self, key: &str) -> Option<Value> {
+        self.figment.find_value(key).ok()
+    }
+
+    fn source(&self, key: &str) -> String {
+        match self.figment.find_metadata(key).map(|found| found.name.as_ref()) {
+            None => "default".to_owned(),
+            Some(ENVIRONMENT) => format!("environment variable {}", variable(key)),
+            Some(layer) => layer.to_owned(),
+        }
+    }
+
+    fn note(&mut self, key: &'static str, text: &str) {
+        let value = if is_secret(key) { "(set)" } else { text };
+        self.effective.push(Effective { key, value: value.to_owned(), source: self.source(key) });
+    }
+
+    fn unfit<T>(&mut self, key: &'static str, found: &str, expected: &str) -> Option<T> {
+        let found = if is_secret(key) { "something else".to_owned() } else { format!("{found:?}") };
+        self.fault(key, format!("expected {expected}, found {found}"))
+    }
+
+    fn fault<T>(&mut self, key: &'static str, message: impl Into<String>) -> Option<T> {
+        let source = self.source(key);
+        self.faults.push(Fault { key: key.to_owned(), source, message: message.into() });
+        None
+    }
+}
+
+fn is_secret(name: &str) -> bool {
+    KEYS.iter().any(|key| key.name == name && key.secret)
+}
+
+/// One source of values.
+#[derive(Default)]
+struct Layer {
+    name: String,
+    values: Dict,
+}
+
+impl Layer {
+    fn toml(name: &str, text: &str) -> Result<Self, Fault> {
+        let values = Toml::from_str::<Dict>(text).map_err(|error| Fault {
+            key: "(file)".to_owned(),
+            source: name.to_owned(),
+            message: error.to_string().trim().replace('\n', " "),
+        })?;
+        Ok(Self { name: name.to_owned(), values })
+    }
+
+    fn file(path: &Path) -> Result<Self, Fault> {
+        let name = format!("file {}", path.display());
+        let text = std::fs::read_to_string(path).map_err(|error| Fault {
+            key: "(file)".to_owned(),
+            source: name.clone(),
+            message: error.to_string(),
+        })?;
+        Self::toml(&name, &text)
+    }
+
+    /// The variables that begin with `RELAY_`. What none of them can mean is a fault, too.
+    fn environment(variables: impl IntoIterator<Item = (String, String)>, faults: &mut Vec<Fault>) -> Self {
+        let mut flat: BTreeMap<&'static str, (String, String)> = BTreeMap::new();
+        for (variable, value) in variables {
+            if !variable.starts_with("RELAY_") || variable == "RELAY_CONFIG" {
+                continue;
+            }
+            let source = format!("environment variable {variable}");
+            let plain = KEYS.iter().find(|key| key.variable() == variable);
+            let from_file = || KEYS.iter().find(|key| key.secret && variable == key.variable() + "_FILE");
+            let (key, value) = match (plain, from_file()) {
+                (Some(key), _) => (key, Ok(value)),
+                (None, Some(key)) => (key, std::fs::read_to_string(value.trim())),
+                (None, None) => {
+                    let names = KEYS.iter().map(Key::variable);
+                    let message = unknown(&variable, names);
+                    faults.push(Fault { key: variable, source: ENVIRONMENT.to_owned(), message });
+                    continue;
+                }
+            };
+            let mut fault = |message: String| {
+                faults.push(Fault { key: key.name.to_owned(), source: source.clone(), message });
+            };
+            match value {
+                Ok(_) if flat.contains_key(key.name) => {
+                    fault(format!("set twice: {} and as a file", key.variable()))
+                }
+                Ok(value) => {
+                    flat.insert(key.name, (value.trim().to_owned(), source));
+                }
+                Err(error) => fault(format!("the file cannot be read: {error}")),
+            }
+        }
+        let mut values = Dict::new();
+        for (name, (value, _)) in flat {
+            insert(&mut values, name, value);
+        }
+        Self { name: ENVIRONMENT.to_owned(), values }
+    }
+
+    fn report_unknown_keys(&self, faults: &mut Vec<Fault>) {
+        let mut names = Vec::new();
+        flatten("", &self.values, &mut names);
+        for name in names {
+            if !KEYS.iter().any(|key| key.name == name) {
+                let message = unknown(&name, KEYS.iter().map(|key| key.name.to_owned()));
+                faults.push(Fault { key: name, source: self.name.clone(), message });
+            }
+        }
+    }
+}
+
+impl Provider for Layer {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.name.clone())
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        Ok(Profile::Default.collect(self.values.clone()))
+    }
+}
+
+/// Puts `text` at the dotted place `name`.
+fn insert(values: &mut Dict, name: &str, text: String) {
+    match name.split_once('.') {
+        None => {
+            values.insert(name.to_owned(), text.into());
+        }
+        Some((table, rest)) => {
+            let table =
+                values.entry(table.to_owned()).or_insert_with(|| Value::Dict(Tag::Default, Dict::new()));
+            if let Value::Dict(_, table) = table {
+                insert(table, rest, text);
+            }
+        }
+    }
+}
+
+/// The dotted names of all values in `values`.
+fn flatten(prefix: &str, values: &Dict, names: &mut Vec<String>) {
+    for (name, value) in values {
+        let name = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+        match value {
+            Value::Dict(_, table) => flatten(&name, table, names),
+            _ => names.push(name),
+        }
+    }
+}
+
+fn unknown(name: &str, known: impl Iterator<Item = String>) -> String {
+    let closest = known.map(|known| (strsim::damerau_levenshtein(name, &known), known)).min();
+    match closest {
+        Some((distance, known)) if distance <= 4 => format!("there is no such key; did you mean {known}?"),
+        _ => "there is no such key".to_owned(),
+    }
+}
+
+/// A scalar as text: `12`, `true` and `"12"` are the same to whoever reads a file or a variable.
+fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(_, text) => Some(text.clone()),
+        Value::Bool(_, value) => Some(value.to_string()),
+        Value::Num(_, Num::F64(number)) => Some(number.to_string()),
+        Value::Num(_, number) => number
+            .to_i128()
+            .map(|number| number.to_string())
+            .or_else(|| number.to_u128().map(|n| n.to_string())),
+        _ => None,
+    }
+}
+
+/// `10s`, `1h 30m`.
+struct Span(Duration);
+
+impl FromStr for Span {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let duration: jiff::SignedDuration = text.parse().map_err(|_| ())?;
+        Duration::try_from(duration).map(Self).map_err(|_| ())
+    }
+}
+
+/// `64MiB`, `1048576`.
+struct Size(usize);
+
+impl FromStr for Size {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = match text.get(digits.len()..).map(str::trim) {
+            Some("" | "B") => 1,
+            Some("KiB") => 1 << 10,
+            Some("MiB") => 1 << 20,
+            Some("GiB") => 1 << 30,
+            _ => return Err(()),
+        };
+        let number: usize = digits.parse().map_err(|_| ())?;
+        number.checked_mul(unit).filter(|bytes| *bytes > 0).map(Self).ok_or(())
+    }
+}
+
+/// An http or https URL with a host.
+struct ProxyUrl(Url);
+
+impl FromStr for ProxyUrl {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let url = Url::parse(text).map_err(|_| ())?;
+        let fits = matches!(url.scheme(), "http" | "https") && url.has_host();
+        if fits { Ok(Self(url)) } else { Err(()) }
+    }
+}
+
+/// The environment of this process.
+#[expect(clippy::disallowed_methods, reason = "the environment is read here and nowhere else")]
+#[must_use]
+pub fn environment() -> Vec<(String, String)> {
+    std::env::vars().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: &str, environment: &[(&str, &str)]) -> Result<Settings, Faults> {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), file).unwrap();
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        Settings::load(Some(path.path()), environment)
+    }
+
+    #[test]
+    fn the_documented_defaults_are_the_defaults() {
+        let settings = Settings::load(None, []).unwrap();
+        assert_eq!(settings.listen.to_string(), "0.0.0.0:9090");
+        assert_eq!(settings.enrich.deadline, Duration::from_secs(20));
+        assert_eq!(settings.http.body_limit, 1 << 20);
+        assert_eq!(settings.auth.jwks_hosts.len(), 3);
+        assert!(settings.cyberscan.hosts.allow(&"api.cyberscan.io".parse().unwrap()));
+        assert!(settings.effective().iter().all(|key| key.source == "default"));
+    }
+
+    #[test]
+    fn the_environment_is_laid_over_the_file_and_the_file_over_the_defaults() {
+        let file = "listen = \"127.0.0.1:1\"\n[request]\ndeadline = \"7s\"\nconcurrency = 3\n";
+        let environment = [
+            ("RELAY_LISTEN", "127.0.0.1:2"),
+            ("RELAY_CYBERSCAN_HOSTS", "a.example, b.example"),
+            ("RELAY_AUTH_REQUIRE_EXP", "true"),
+            ("PATH", "/bin"),
+        ];
+        let settings = load(file, &environment).unwrap();
+        assert_eq!(settings.listen.port(), 2);
+        assert_eq!(settings.enrich.deadline, Duration::from_secs(7));
+        assert_eq!(settings.enrich.concurrency.get(), 3);
+        assert!(settings.auth.require_exp);
+        assert!(settings.cyberscan.hosts.allow(&"b.example".parse().unwrap()));
+        let source =
+            |key| settings.effective().iter().find(|e| e.key == key).map(|e| e.source.clone()).unwrap();
+        assert_eq!(source("listen"), "environment variable RELAY_LISTEN");
+        assert!(source("request.deadline").starts_with("file "));
+        assert_eq!(source("log.level"), "default");
+    }
+
+    #[test]
+    fn all_faults_are_told_at_once_with_key_source_and_what_was_expected() {
+        let file =
+            "lisen = \"x\"\n[request]\ndeadline = \"soon\"\nconcurrency = 0\n[server]\nbody_limit = [1]\n";
+        let environment = [
+            ("RELAY_CTIM_TLP", "purple"),
+            ("RELAY_EGRESS_ALLOW_CIDRS", "10.0.0.0/8,nonsense"),
+            ("RELAY_LOG_LEVLE", "info"),
+        ];
+        let Faults(faults) = load(file, &environment).unwrap_err();
+        let told: Vec<(&str, bool, &str)> = faults
+            .iter()
+            .map(|f| (f.key.as_str(), f.source.starts_with("environment"), f.message.as_str()))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("RELAY_LOG_LEVLE", true, "there is no such key; did you mean RELAY_LOG_LEVEL?"),
+                ("lisen", false, "there is no such key; did you mean listen?"),
+                ("server.body_limit", false, "expected a size such as 64MiB, or a number of bytes"),
+                ("request.deadline", false, "expected a duration such as 500ms, 10s or 15m, found \"soon\""),
+                ("request.concurrency", false, "expected a number above 0, found \"0\""),
+                ("egress.allow_cidrs", true, "expected networks such as 10.0.0.0/8, found \"nonsense\""),
+                ("ctim.tlp", true, "expected white, green, amber or red, found \"purple\""),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_no_toml_is_a_fault_and_so_is_one_that_is_not_there() {
+        assert_eq!(load("listen = ", &[]).unwrap_err().0.len(), 1);
+        let missing = Settings::load(Some(Path::new("/nonexistent/relay.toml")), []).unwrap_err();
+        assert!(missing.to_string().contains("/nonexistent/relay.toml"));
+    }
+
+    #[test]
+    fn a_secret_shows_neither_in_the_effective_settings_nor_in_a_fault() {
+        let settings = load("", &[("RELAY_EGRESS_PROXY", "http://user:s3cret@proxy.example")]).unwrap();
+        assert!(settings.egress.proxy.is_some());
+        assert!(!format!("{:?}", settings.effective()).contains("s3cret"));
+        let faults = load("", &[("RELAY_EGRESS_PROXY", "s3cret")]).unwrap_err();
+        assert!(!faults.to_string().contains("s3cret"), "{faults}");
+    }
+
+    #[test]
+    fn secrets_can_come_from_files_but_not_twice() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "http://proxy.example:3128\n").unwrap();
+        let path = file.path().to_str().unwrap();
+        let settings = load("", &[("RELAY_EGRESS_PROXY_FILE", path)]).unwrap();
+        assert_eq!(settings.egress.proxy.unwrap().port(), Some(3128));
+        let twice = [("RELAY_EGRESS_PROXY_FILE", path), ("RELAY_EGRESS_PROXY", "http://other.example")];
+        assert!(load("", &twice).unwrap_err().to_string().contains("set twice"));
+    }
+}
