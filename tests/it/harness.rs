@@ -1,0 +1,181 @@
+//! The one harness: a relay on a free port, in this process, put together as in production, with a
+//! sandbox behind it.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use cyberscan_relay::{
+    app, probe,
+    sandbox::{Options, Sandbox},
+    settings::Settings,
+};
+use http::{HeaderMap, Method, Request, StatusCode, header};
+use http_body_util::Full;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+pub(crate) const AUDIENCE: &str = "https://relay.test";
+
+/// A running relay and the world around it. Dropping it stops both.
+pub(crate) struct TestRelay {
+    pub(crate) address: SocketAddr,
+    pub(crate) sandbox: Sandbox,
+    pub(crate) shutdown: CancellationToken,
+    served: JoinHandle<()>,
+    _ca: tempfile::NamedTempFile,
+}
+
+/// An answer of the relay.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl TestRelay {
+    pub(crate) async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    /// A relay with `settings` (names of variables and their values) beside those that lead it to
+    /// the sandbox.
+    pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
+        let sandbox = Sandbox::start(Options::default()).await.unwrap();
+        let ca = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+        let own = sandbox_settings(&sandbox, ca.path().to_str().unwrap());
+        let given = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let mut all: Vec<(String, String)> = given.collect();
+        all.extend(own.into_iter().filter(|(name, _)| !settings.iter().any(|(given, _)| given == name)));
+        let settings = Settings::load(None, all).unwrap();
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let running = app::run(settings, listener, shutdown.clone());
+        let served = tokio::spawn(async move { running.await.unwrap() });
+        Self { address, sandbox, shutdown, served, _ca: ca }
+    }
+
+    /// Stops the relay and waits until it has drained.
+    pub(crate) async fn stop(mut self) {
+        self.shutdown.cancel();
+        (&mut self.served).await.unwrap();
+    }
+
+    pub(crate) fn token(&self) -> String {
+        self.sandbox.token(AUDIENCE)
+    }
+
+    /// A token with some claims changed; `null` takes one away.
+    pub(crate) fn token_with(&self, changes: &[(&str, Value)]) -> String {
+        let mut claims = self.sandbox.claims(AUDIENCE);
+        for (name, value) in changes {
+            match value {
+                Value::Null => drop(claims.as_object_mut().unwrap().remove(*name)),
+                value => claims[*name] = value.clone(),
+            }
+        }
+        self.sandbox.issuer.mint(&claims)
+    }
+
+    pub(crate) async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "relay.test");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = probe::call(self.address, request.body(Full::from(body.into())).unwrap()).await.unwrap();
+        let (head, body) = answer.into_parts();
+        Answer { status: head.status, headers: head.headers, body }
+    }
+
+    pub(crate) async fn post(&self, path: &str, token: &str, body: impl Into<Bytes>) -> Answer {
+        self.send(Method::POST, path, &[("authorization", &format!("Bearer {token}"))], body).await
+    }
+
+    pub(crate) async fn health(&self) -> Value {
+        self.post("/health", &self.token(), "").await.json()
+    }
+
+    pub(crate) async fn observe(&self, observables: &[(&str, &str)]) -> Value {
+        self.post("/observe/observables", &self.token(), list(observables)).await.json()
+    }
+
+    pub(crate) async fn refer(&self, observables: &[(&str, &str)]) -> Value {
+        self.post("/refer/observables", &self.token(), list(observables)).await.json()
+    }
+
+    /// Sends `bytes` as they are and reads until the relay closes the connection or is silent for
+    /// a second.
+    pub(crate) async fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        // The relay may answer and close before it has read everything.
+        let _ = stream.write_all(bytes).await;
+        let mut answer = Vec::new();
+        let mut part = [0; 4096];
+        while let Ok(Ok(read @ 1..)) =
+            tokio::time::timeout(Duration::from_secs(1), stream.read(&mut part)).await
+        {
+            answer.extend_from_slice(&part[..read]);
+        }
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+}
+
+impl Drop for TestRelay {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// The settings that lead a relay to `sandbox`.
+pub(crate) fn sandbox_settings(sandbox: &Sandbox, ca_file: &str) -> Vec<(String, String)> {
+    [
+        ("RELAY_AUTH_AUDIENCES", AUDIENCE.to_owned()),
+        ("RELAY_AUTH_JWKS_HOSTS", sandbox.issuer.host()),
+        ("RELAY_CYBERSCAN_HOSTS", sandbox.cyberscan.host()),
+        ("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128".to_owned()),
+        ("RELAY_EGRESS_EXTRA_CA_FILE", ca_file.to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!(self.headers.get(header::CONTENT_TYPE).unwrap(), "application/json");
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
+/// `[{"type", "value"}]`.
+pub(crate) fn list(observables: &[(&str, &str)]) -> String {
+    let list: Vec<Value> =
+        observables.iter().map(|(kind, value)| json!({"type": kind, "value": value})).collect();
+    Value::from(list).to_string()
+}
+
+/// The codes of the errors in an answer.
+pub(crate) fn codes(answer: &Value) -> Vec<&str> {
+    answer["errors"].as_array().into_iter().flatten().map(|error| error["code"].as_str().unwrap()).collect()
+}
+
+/// The values of the observables that sightings in an answer are about, in order, each once.
+pub(crate) fn seen(answer: &Value) -> Vec<&str> {
+    let docs = answer["data"]["sightings"]["docs"].as_array().into_iter().flatten();
+    let mut values: Vec<&str> = docs.map(|doc| doc["observables"][0]["value"].as_str().unwrap()).collect();
+    values.dedup();
+    values
+}

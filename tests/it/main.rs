@@ -1,0 +1,18 @@
+//! The integration tests: the relay as its users meet it, over sockets, with the sandbox's fake
+//! CyberScan and key issuer behind it.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::disallowed_methods,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod harness;
+
+mod attacks;
+mod command_line;
+mod enrichment;
+mod routes;
+mod upstream;
