@@ -1,0 +1,28 @@
+# Two commands for a newcomer: `make demo` and `make test`. They need Rust (rustup.rs), make and gcc; what else
+# a target needs, it installs itself.
+
+CARGO ?= cargo
+
+.PHONY: demo test lint doc ci
+
+## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
+demo:
+	$(CARGO) run --locked --quiet -- demo
+
+## Run all tests.
+test:
+	$(CARGO) test --locked --quiet
+
+## Formatting, clippy, and the rules for dependencies.
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	scripts/deny.sh
+
+## The documentation of the code, without a broken link.
+doc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+## Everything that has to hold before a change lands.
+ci: lint test doc
+	$(CARGO) run --locked --quiet -- demo --once
