@@ -1,5 +1,5 @@
 //! The platform's vocabulary (CTIM 1.1.11): what comes in ([`observable`]), what goes out
-//! ([`sighting`], [`reference`]) and the envelope around it ([`envelope`]). It must not know where
+//! ([`sighting`], [`mod@reference`]) and the envelope around it ([`envelope`]). It must not know where
 //! the data comes from.
 
 pub mod envelope;

@@ -2,8 +2,8 @@
 //! and how all of them end at shutdown. It must not know routes, tenants or what an answer means.
 //!
 //! Four clocks, at most one of which runs for a connection at any moment: `header_timeout` for a
-//! head (and for a fresh connection's first), `idle_timeout` between requests, [`WRITE_TIMEOUT`] for
-//! a peer that does not read, [`LINGER`] for the last bytes of a request that was answered early.
+//! head (and for a fresh connection's first), `idle_timeout` between requests, `WRITE_TIMEOUT` for
+//! a peer that does not read, `LINGER` for the last bytes of a request that was answered early.
 //! None runs while the service works: the service bounds its own time and that of the body. hyper
 //! has one time-out for head and idling together, so it stays off and the clocks are kept here.
 //!
