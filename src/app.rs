@@ -8,11 +8,14 @@ use tracing::{info, warn};
 
 use crate::{
     auth::Authenticator,
+    cache::Cached,
     clock::Clock,
     cyberscan::Client,
     egress::Http,
     enrich::Enricher,
     http::{self, Relay},
+    metrics::Metrics,
+    redis_pool::Redis,
     settings::Settings,
 };
 
@@ -41,12 +44,21 @@ pub async fn run(
         clock,
         tasks.clone(),
     );
+    let metrics = Metrics::new();
+    let redis = match &settings.redis {
+        Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
+        None => None,
+    };
     let client = Client::new(settings.cyberscan, egress, clock, tasks.clone());
-    let enricher = Enricher::new(client, settings.enrich);
+    let background = CancellationToken::new();
+    let cached =
+        Cached::new(client, settings.cache, redis, clock, metrics, tasks.clone(), background.clone());
+    let enricher = Enricher::new(cached, settings.enrich);
     let service = http::service(&Relay::new(authenticator, enricher, &settings.http));
 
     info!(listen = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "ready");
     http::server::serve(listener, service, settings.http.connections, shutdown).await;
+    background.cancel();
     tasks.close();
     if tokio::time::timeout(LAST_TASKS, tasks.wait()).await.is_err() {
         warn!(tasks = tasks.len(), "background tasks did not end in time");

@@ -5,10 +5,13 @@
 
 pub mod clock;
 pub mod flight;
+pub mod metrics;
+pub mod redis_pool;
 pub mod egress;
 pub mod tenant;
 pub mod ctim;
 pub mod cyberscan;
+pub mod cache;
 pub mod auth;
 pub mod enrich;
 pub mod http;

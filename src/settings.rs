@@ -20,7 +20,7 @@ use figment::{
 };
 use url::Url;
 
-use crate::{auth, cyberscan, egress, enrich, http, telemetry};
+use crate::{auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, redis_pool, telemetry};
 
 /// The documented defaults are the defaults.
 const DEFAULTS: &str = include_str!("../config/default.toml");
@@ -40,6 +40,10 @@ pub struct Settings {
     pub enrich: enrich::Config,
     /// `server.*`
     pub http: http::Config,
+    /// `cache.*`
+    pub cache: cache::Config,
+    /// `redis.*`, if there is one.
+    pub redis: Option<redis_pool::Config>,
     /// `log.*`
     pub log: telemetry::Config,
     effective: Vec<Effective>,
@@ -116,6 +120,7 @@ const KEYS: &[Key] = &[
     key("egress.allow_cidrs"),
     secret("egress.proxy"),
     key("egress.extra_ca_file"),
+    key("egress.connect_timeout"),
     key("ctim.tlp"),
     key("log.format"),
     key("log.level"),
@@ -123,15 +128,52 @@ const KEYS: &[Key] = &[
     secret("admin.token"),
     secret("redis.url"),
     secret("redis.encryption_key"),
+    key("redis.mode"),
+    key("redis.master_name"),
+    key("redis.timeout"),
     key("cache.memory"),
+    key("cache.soft_timeout"),
+    key("cache.fill_timeout"),
+    key("cache.refresh_ahead"),
     key("cache.fresh"),
     key("cache.stale_while_revalidate"),
     key("cache.stale_if_error"),
     key("cache.negative"),
-    key("cache.refresh_ahead"),
+    key("cache.domain.fresh"),
+    key("cache.domain.stale_while_revalidate"),
+    key("cache.domain.stale_if_error"),
+    key("cache.domain.negative"),
+    key("cache.host.fresh"),
+    key("cache.host.stale_while_revalidate"),
+    key("cache.host.stale_if_error"),
+    key("cache.host.negative"),
+    key("cache.vulnerabilities.fresh"),
+    key("cache.vulnerabilities.stale_while_revalidate"),
+    key("cache.vulnerabilities.stale_if_error"),
+    key("cache.vulnerabilities.negative"),
     key("limiter.tenant"),
     key("limiter.fleet"),
     key("worker.enabled"),
+];
+
+/// The keys of [`Policy`], by kind of record.
+const DOMAIN: [&str; 4] = [
+    "cache.domain.fresh",
+    "cache.domain.stale_while_revalidate",
+    "cache.domain.stale_if_error",
+    "cache.domain.negative",
+];
+const HOST: [&str; 4] = [
+    "cache.host.fresh",
+    "cache.host.stale_while_revalidate",
+    "cache.host.stale_if_error",
+    "cache.host.negative",
+];
+const VULNERABILITIES: [&str; 4] = [
+    "cache.vulnerabilities.fresh",
+    "cache.vulnerabilities.stale_while_revalidate",
+    "cache.vulnerabilities.stale_if_error",
+    "cache.vulnerabilities.negative",
 ];
 
 impl Key {
@@ -202,7 +244,21 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let allow_cidrs = from.list("egress.allow_cidrs", NETWORKS);
     let proxy = from.optional::<ProxyUrl>("egress.proxy", "a URL such as http://proxy.example:3128");
     let extra_ca_file = from.optional::<PathBuf>("egress.extra_ca_file", "the path of a file");
+    let connect_timeout = from.duration("egress.connect_timeout");
     let tlp = from.value("ctim.tlp", "white, green, amber or red");
+    let revalidate = from.duration("auth.revalidate");
+    let memory = from.value("cache.memory", SIZE);
+    let soft_timeout = from.duration("cache.soft_timeout");
+    let fill_timeout = from.duration("cache.fill_timeout");
+    let ahead = from.value("cache.refresh_ahead", "a number from 0 to 1");
+    let domain = from.policy(DOMAIN, ahead.as_ref());
+    let host = from.policy(HOST, ahead.as_ref());
+    let vulnerabilities = from.policy(VULNERABILITIES, ahead.as_ref());
+    let urls = from.list::<redis_pool::Url>("redis.url", "URLs such as redis://redis.example:6379");
+    let mode = from.value("redis.mode", "single, sentinel or cluster");
+    let master_name = from.value("redis.master_name", "the name Sentinel knows the master by");
+    let redis_timeout = from.duration("redis.timeout");
+    let keys = from.list::<EncryptionKey>("redis.encryption_key", "32 bytes in hexadecimal");
     let format = from.value("log.format", "json or text");
     let level = from.value("log.level", "a level such as info, or filter directives");
     if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
@@ -218,13 +274,39 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 require_exp: require_exp?,
                 trusted_proxies: trusted_proxies?,
             },
-            cyberscan: cyberscan::Config { hosts: hosts?.into_iter().collect(), timeout: timeout? },
+            cyberscan: cyberscan::Config {
+                hosts: hosts?.into_iter().collect(),
+                timeout: timeout?,
+                revalidate: revalidate?,
+            },
             egress: egress::Config {
                 allow_cidrs: allow_cidrs?,
                 proxy: proxy?.map(|ProxyUrl(url)| url),
                 extra_ca_file: extra_ca_file?,
+                // Below the time-out of a whole call, so that "no connection" is told from "too slow".
+                connect_timeout: connect_timeout?.min(timeout?.mul_f64(0.8)),
             },
-            enrich: enrich::Config { deadline: deadline?, concurrency: concurrency?, tlp: tlp? },
+            enrich: enrich::Config {
+                deadline: deadline?,
+                concurrency: concurrency?,
+                tlp: tlp?,
+                rendered_memory: memory.as_ref().map(|Size(bytes)| *bytes as u64 / 4)?,
+            },
+            cache: cache::Config {
+                memory: memory.as_ref().map(|Size(bytes)| *bytes as u64 / 4 * 3)?,
+                domain: domain?,
+                host: host?,
+                vulnerabilities: vulnerabilities?,
+                soft_timeout: soft_timeout?,
+                fill_timeout: fill_timeout?,
+                revalidate: revalidate?,
+                encryption_keys: keys?.into_iter().map(|EncryptionKey(key)| key).collect(),
+            },
+            redis: {
+                let (urls, mode, timeout) = (urls?, mode?, redis_timeout?);
+                let master_name = master_name?;
+                (!urls.is_empty()).then_some(redis_pool::Config { urls, mode, master_name, timeout })
+            },
             http: http::Config {
                 connections: http::server::Config {
                     max_connections: max_connections?,
@@ -288,6 +370,25 @@ impl Reader {
         self.value(key, "a duration such as 500ms, 10s or 15m").map(|Span(duration)| duration)
     }
 
+    /// How long one kind of record is good: its own key where that is set, else the general one.
+    fn policy(&mut self, own: [&'static str; 4], refresh_ahead: Option<&Share>) -> Option<Policy> {
+        const GENERAL: [&str; 4] =
+            ["cache.fresh", "cache.stale_while_revalidate", "cache.stale_if_error", "cache.negative"];
+        let mut keys = own.into_iter().zip(GENERAL);
+        let mut next = || {
+            let (own, general) = keys.next()?;
+            self.duration(if self.find(own).is_some() { own } else { general })
+        };
+        let (fresh, stale_while_revalidate, stale_if_error, negative) = (next(), next(), next(), next());
+        Some(Policy {
+            fresh: fresh?,
+            stale_while_revalidate: stale_while_revalidate?,
+            stale_if_error: stale_if_error?,
+            negative: negative?,
+            refresh_ahead: refresh_ahead?.0,
+        })
+    }
+
     /// The values of a list: a TOML list, or a text with commas.
     fn list<T: FromStr>(&mut self, key: &'static str, expected: &str) -> Option<Vec<T>> {
         let texts: Option<Vec<String>> = match self.find(key) {
@@ -331,7 +432,9 @@ impl Reader {
 
     fn note(&mut self, key: &'static str, text: &str) {
         let value = if is_secret(key) { "(set)" } else { text };
-        self.effective.push(Effective { key, value: value.to_owned(), source: self.source(key) });
+        if !self.effective.iter().any(|noted| noted.key == key) {
+            self.effective.push(Effective { key, value: value.to_owned(), source: self.source(key) });
+        }
     }
 
     fn unfit<T>(&mut self, key: &'static str, found: &str, expected: &str) -> Option<T> {
@@ -340,8 +443,10 @@ impl Reader {
     }
 
     fn fault<T>(&mut self, key: &'static str, message: impl Into<String>) -> Option<T> {
-        let source = self.source(key);
-        self.faults.push(Fault { key: key.to_owned(), source, message: message.into() });
+        let fault = Fault { key: key.to_owned(), source: self.source(key), message: message.into() };
+        if !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
         None
     }
 }
@@ -517,6 +622,37 @@ impl FromStr for Size {
         };
         let number: usize = digits.parse().map_err(|_| ())?;
         number.checked_mul(unit).filter(|bytes| *bytes > 0).map(Self).ok_or(())
+    }
+}
+
+/// A number from 0 to 1.
+struct Share(f64);
+
+impl FromStr for Share {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).map(Self).ok_or(())
+    }
+}
+
+/// 64 hexadecimal digits.
+struct EncryptionKey([u8; 32]);
+
+impl FromStr for EncryptionKey {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(());
+        }
+        let half = |part: Option<&str>| u128::from_str_radix(part.unwrap_or_default(), 16).map_err(|_| ());
+        let (high, low) = (half(text.get(..32))?, half(text.get(32..))?);
+        let mut key = [0; 32];
+        key.iter_mut()
+            .zip([high.to_be_bytes(), low.to_be_bytes()].concat())
+            .for_each(|(to, from)| *to = from);
+        Ok(Self(key))
     }
 }
 

@@ -367,7 +367,8 @@ mod tests {
 
     #[test]
     fn the_module_type_asks_for_the_claims_that_are_read() {
-        let module: Value = serde_json::from_str(include_str!("../../deploy/securex/module_type.json")).unwrap();
+        let module: Value =
+            serde_json::from_str(include_str!("../../deploy/securex/module_type.json")).unwrap();
         let asked = module["configuration_spec"].as_array().unwrap().iter();
         let mut asked: Vec<&str> = asked.map(|field| field["key"].as_str().unwrap()).collect();
         asked.sort_unstable();

@@ -281,6 +281,7 @@ mod tests {
             allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
             extra_ca_file: Some(ca.path().to_owned()),
             proxy: None,
+            connect_timeout: Duration::from_secs(2),
         })
         .unwrap();
         let mut config = Config {

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Record, Vulnerabilities,
-    model::Malformed,
+    model::{Malformed, object},
     token::{AccessToken, AccessTokens},
 };
 use crate::{
@@ -33,6 +33,8 @@ pub struct Config {
     pub hosts: HostPatterns,
     /// `cyberscan.timeout`: how long one call may take, from the first byte out to the last one in.
     pub timeout: Duration,
+    /// `auth.revalidate`: how long a key counts as accepted without asking again.
+    pub revalidate: Duration,
 }
 
 /// Who we are, as CyberScan has always known relays of this family.
@@ -128,9 +130,7 @@ impl Client {
         let reply = self.send(&tenant, &request, None).await?;
         match judge(&reply, EXPECTED, self.0.clock)? {
             StatusCode::NOT_FOUND => Err(unexpected),
-            _ => serde_json::from_slice::<Token>(&reply.body)
-                .map(|token| token.access_token)
-                .map_err(|_| unexpected),
+            _ => object::<Token>(&reply.body).map(|token| token.access_token).map_err(|Malformed| unexpected),
         }
     }
 
@@ -161,7 +161,9 @@ impl Client {
                 Error::Unreachable { url: format!("https://{}{}", tenant.host(), request.path) }
             }
             Transport::Untrusted(reason) => Error::Untrusted { reason: reason.0 },
-            Transport::TimedOut => Error::TimedOut { after: sent.elapsed().max(Duration::from_millis(1)) },
+            Transport::TimedOut => {
+                Error::TimedOut { after: request.deadline.saturating_duration_since(sent) }
+            }
             Transport::Broken => Error::Unexpected { expected: "a complete answer" },
             Transport::TooLarge => Error::Unexpected { expected: "an answer of at most 2 MiB" },
         })
@@ -189,10 +191,10 @@ impl Fetched {
 }
 
 impl CyberScan for Client {
-    async fn authenticate(&self, call: &Call) -> Result<(), Error> {
+    async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
         let fetch = || self.clone().fetch_token(Arc::clone(&call.tenant));
-        within(call, self.0.tokens.get(call.tenant.id(), fetch)).await?;
-        Ok(())
+        let token = self.0.tokens.get_younger_than(self.0.config.revalidate, call.tenant.id(), fetch);
+        Ok(within(call, token).await?.fetched())
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
@@ -221,10 +223,8 @@ fn path(resource: &str, segment: &str) -> String {
 
 /// `future`, for as long as the caller waits.
 async fn within<T>(call: &Call, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let started = Instant::now();
-    tokio::time::timeout_at(call.deadline, future)
-        .await
-        .unwrap_or_else(|_| Err(Error::TimedOut { after: started.elapsed() }))
+    let after = call.deadline.saturating_duration_since(Instant::now());
+    tokio::time::timeout_at(call.deadline, future).await.unwrap_or(Err(Error::TimedOut { after }))
 }
 
 fn refused(reply: &Reply) -> bool {

@@ -16,15 +16,28 @@ pub use client::{Client, Config};
 pub use error::Error;
 pub use model::{DomainRecord, Finding, HostRecord, Vulnerabilities};
 
-use crate::{ctim::DomainName, tenant::Tenant};
+use crate::{
+    ctim::{DomainName, Subject},
+    tenant::Tenant,
+};
 
 /// The port: what can be asked of CyberScan.
 ///
 /// Every stage implements it around the next one, so a question runs through them in one
 /// direction and a test can put a fake at any depth.
 pub trait CyberScan: Send + Sync + 'static {
-    /// Makes sure that CyberScan accepts the tenant's key.
-    fn authenticate(&self, call: &Call) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Makes sure that CyberScan accepts the tenant's key; the answer is when it last did.
+    fn authenticate(&self, call: &Call) -> impl Future<Output = Result<Instant, Error>> + Send;
+
+    /// Says what is going to be asked, so that a stage can get ready for all of it at once.
+    fn announce(
+        &self,
+        _call: &Call,
+        _subjects: &[Subject],
+        _purpose: Purpose,
+    ) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
 
     /// The record of a domain.
     fn domain(
@@ -43,6 +56,20 @@ pub trait CyberScan: Send + Sync + 'static {
         call: &Call,
         ip: IpAddr,
     ) -> impl Future<Output = Result<Answer<Vulnerabilities>, Error>> + Send;
+
+    /// The record of an address, if it is at hand without asking anyone.
+    fn known_host(&self, _call: &Call, _ip: IpAddr) -> Option<Arc<HostRecord>> {
+        None
+    }
+}
+
+/// What questions are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Records of domains, then vulnerabilities of addresses.
+    Sightings,
+    /// Records of domains and addresses.
+    References,
 }
 
 /// On whose behalf a question is asked, and how long it is worth waiting.

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, fmt, net::IpAddr};
 
 use serde::{
-    Deserialize, Deserializer,
+    Deserialize, Deserializer, Serialize,
     de::{MapAccess, Visitor},
 };
 use serde_json::{Value, value::RawValue};
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What CyberScan knows about a domain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainRecord {
     /// The address the domain resolves to; a known domain may have none.
     pub ip: Option<IpAddr>,
@@ -26,18 +26,18 @@ pub struct DomainRecord {
 }
 
 /// What CyberScan knows about an address, apart from its vulnerabilities.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostRecord {
     /// CyberScan's page about it.
     pub details_page: Option<String>,
 }
 
 /// The vulnerabilities found at an address.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Vulnerabilities(pub Vec<Finding>);
 
 /// One vulnerability.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
     /// Every key of the upstream object and its value as text, in upstream order.
     pub table: Vec<(String, String)>,
@@ -105,15 +105,15 @@ impl Vulnerabilities {
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         #[derive(Deserialize)]
         struct Raw {
-            vulnerabilities: Vec<Finding>,
+            vulnerabilities: Vec<Upstream>,
         }
         let raw: Raw = object(body)?;
-        Ok(Self(raw.vulnerabilities))
+        Ok(Self(raw.vulnerabilities.into_iter().map(|Upstream(finding)| finding).collect()))
     }
 }
 
 /// Reads a JSON object; serde on its own would take a list for a struct, too.
-fn object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Malformed> {
+pub(super) fn object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Malformed> {
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Malformed);
     }
@@ -211,17 +211,20 @@ fn cves(text: &str) -> Vec<String> {
     found
 }
 
-impl<'de> Deserialize<'de> for Finding {
+/// A finding as CyberScan words it.
+struct Upstream(Finding);
+
+impl<'de> Deserialize<'de> for Upstream {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Cells;
         impl<'de> Visitor<'de> for Cells {
-            type Value = Finding;
+            type Value = Upstream;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object describing a vulnerability")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Finding, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Upstream, A::Error> {
                 let mut cells: Vec<(String, Box<RawValue>)> = Vec::new();
                 let mut places: HashMap<String, usize> = HashMap::new();
                 while let Some((key, value)) = map.next_entry::<String, Box<RawValue>>()? {
@@ -234,7 +237,7 @@ impl<'de> Deserialize<'de> for Finding {
                         }
                     }
                 }
-                Ok(Finding::new(&cells))
+                Ok(Upstream(Finding::new(&cells)))
             }
         }
         deserializer.deserialize_map(Cells)

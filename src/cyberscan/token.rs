@@ -39,6 +39,12 @@ pub struct AccessToken {
 }
 
 impl AccessToken {
+    /// When CyberScan gave it out.
+    #[must_use]
+    pub fn fetched(&self) -> Instant {
+        self.fetched
+    }
+
     /// The `Authorization` value, marked sensitive.
     ///
     /// # Errors
@@ -80,6 +86,26 @@ impl AccessTokens {
     {
         match self.tokens.get(&tenant) {
             Some(token) if Instant::now() < token.expires => Ok(token),
+            _ => self.fetch(tenant, false, fetch).await,
+        }
+    }
+
+    /// As [`AccessTokens::get`], but a token older than `age` is fetched anew: getting one is how a key
+    /// is known to be accepted.
+    ///
+    /// # Errors
+    /// What `fetch` failed with.
+    pub async fn get_younger_than<F>(
+        &self,
+        age: Duration,
+        tenant: TenantId,
+        fetch: impl FnOnce() -> F,
+    ) -> Result<Arc<AccessToken>, Error>
+    where
+        F: Future<Output = Result<String, Error>> + Send + 'static,
+    {
+        match self.tokens.get(&tenant) {
+            Some(token) if Instant::now() < token.expires && token.fetched.elapsed() < age => Ok(token),
             _ => self.fetch(tenant, false, fetch).await,
         }
     }

@@ -16,7 +16,7 @@ use url::Url;
 use super::{AddressGuard, Host, resolver::GuardedResolver, tls};
 
 /// Settings `egress.*`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// `egress.allow_cidrs`: private networks that may be connected to.
     pub allow_cidrs: Vec<IpNet>,
@@ -24,6 +24,8 @@ pub struct Config {
     pub proxy: Option<Url>,
     /// `egress.extra_ca_file`: PEM certificates believed beside the platform's.
     pub extra_ca_file: Option<PathBuf>,
+    /// `egress.connect_timeout`: how long a connection (TCP, proxy, TLS) may take to come up.
+    pub connect_timeout: Duration,
 }
 
 /// The guarded client; a cheap clone.
@@ -86,8 +88,6 @@ pub enum Transport {
     TooLarge,
 }
 
-/// How long a connection (TCP, proxy, TLS) may take to come up.
-const CONNECT: Duration = Duration::from_secs(2);
 /// How long a body may stay silent.
 const READ: Duration = Duration::from_secs(5);
 
@@ -111,7 +111,7 @@ impl Http {
             .http1_only()
             .gzip(true)
             .tcp_nodelay(true)
-            .connect_timeout(CONNECT)
+            .connect_timeout(config.connect_timeout)
             .read_timeout(READ)
             .pool_idle_timeout(Duration::from_secs(60))
             .pool_max_idle_per_host(32);
@@ -207,12 +207,16 @@ mod tests {
             limit: 1,
             deadline: Instant::now() + Duration::from_secs(5),
         };
-        let guarded = Http::new(&Config::default()).unwrap();
+        let config = |allow_cidrs| Config {
+            allow_cidrs,
+            proxy: None,
+            extra_ca_file: None,
+            connect_timeout: Duration::from_secs(2),
+        };
+        let guarded = Http::new(&config(vec![])).unwrap();
         assert_eq!(guarded.send(call()).await.unwrap_err(), Transport::Refused);
 
-        let allowed =
-            Http::new(&Config { allow_cidrs: vec!["127.0.0.0/8".parse().unwrap()], ..Config::default() })
-                .unwrap();
+        let allowed = Http::new(&config(vec!["127.0.0.0/8".parse().unwrap()])).unwrap();
         let (outcome, accepted) =
             tokio::join!(allowed.send(call()), async { listener.accept().await.map(drop) });
         assert_eq!(outcome.unwrap_err(), Transport::Unreachable);

@@ -3,20 +3,32 @@
 //! holds. It must not know HTTP, nor where answers come from.
 
 mod problem;
+mod rendered;
 mod sighting;
 
-use std::{future::Future, num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::IpAddr,
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream};
 use serde_json::value::RawValue;
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, timeout_at},
+};
 
 pub use problem::{Problem, Problems};
+use rendered::Rendered;
 use sighting::Seen;
 
 use crate::{
     ctim::{Observable, Reference, Subject, sighting::Tlp},
-    cyberscan::{Call, CyberScan, Error},
+    cyberscan::{Answer, Call, CyberScan, Error, Purpose, Record, Vulnerabilities},
     tenant::Tenant,
 };
 
@@ -29,18 +41,20 @@ pub struct Config {
     pub concurrency: NonZeroUsize,
     /// `ctim.tlp`: with whom sightings may be shared.
     pub tlp: Tlp,
+    /// Bytes of rendered sightings that are kept; a share of `cache.memory`.
+    pub rendered_memory: u64,
 }
 
 /// Answers questions about observables; a cheap clone.
-#[derive(Debug)]
 pub struct Enricher<P> {
     cyberscan: Arc<P>,
+    rendered: Rendered,
     config: Config,
 }
 
 impl<P> Clone for Enricher<P> {
     fn clone(&self) -> Self {
-        Self { cyberscan: Arc::clone(&self.cyberscan), config: self.config }
+        Self { cyberscan: Arc::clone(&self.cyberscan), rendered: self.rendered.clone(), config: self.config }
     }
 }
 
@@ -57,7 +71,7 @@ impl<P: CyberScan> Enricher<P> {
     /// An enricher that asks `cyberscan`.
     #[must_use]
     pub fn new(cyberscan: P, config: Config) -> Self {
-        Self { cyberscan: Arc::new(cyberscan), config }
+        Self { cyberscan: Arc::new(cyberscan), rendered: Rendered::new(config.rendered_memory), config }
     }
 
     /// When the answer to a request that came now is due.
@@ -71,7 +85,7 @@ impl<P: CyberScan> Enricher<P> {
     /// # Errors
     /// Why it does not, or cannot be asked.
     pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
-        by(deadline, self.cyberscan.authenticate(&Call { tenant, deadline })).await
+        by(deadline, self.cyberscan.authenticate(&Call { tenant, deadline })).await.map(drop)
     }
 
     /// The sightings of `observables`, as JSON, at most `limit` for each of them.
@@ -81,11 +95,12 @@ impl<P: CyberScan> Enricher<P> {
         observables: &[Observable],
         limit: u32,
         deadline: Instant,
-    ) -> Findings<Box<RawValue>> {
+    ) -> Findings<Arc<RawValue>> {
         let call = Call { tenant, deadline };
+        let asked = Asked::default();
         let look_ups =
-            observables.iter().map(|observable| self.sightings(&call, observable, limit)).collect();
-        self.join(&call, look_ups).await
+            observables.iter().map(|observable| self.sightings(&call, &asked, observable, limit)).collect();
+        self.join(&call, observables, Purpose::Sightings, look_ups).await
     }
 
     /// A reference for each of `observables` that CyberScan has a page about.
@@ -97,15 +112,16 @@ impl<P: CyberScan> Enricher<P> {
     ) -> Findings<Reference> {
         let call = Call { tenant, deadline };
         let look_ups = observables.iter().map(|observable| self.reference(&call, observable)).collect();
-        self.join(&call, look_ups).await
+        self.join(&call, observables, Purpose::References, look_ups).await
     }
 
     async fn sightings(
         &self,
         call: &Call,
+        asked: &Asked,
         observable: &Observable,
         limit: u32,
-    ) -> Result<Findings<Box<RawValue>>, Error> {
+    ) -> Result<Findings<Arc<RawValue>>, Error> {
         let (ip, details_page, via) = match observable.subject() {
             Subject::Ip(ip) => (*ip, None, None),
             Subject::Domain(domain) => {
@@ -117,9 +133,25 @@ impl<P: CyberScan> Enricher<P> {
                 }
             }
         };
-        let vulnerabilities = self.cyberscan.vulnerabilities(call, ip).await?;
-        let seen = Seen { ip, details_page, vulnerabilities, via };
-        Ok(seen.sightings(call.tenant.id(), observable, limit, self.config.tlp))
+        let answer = asked.once(ip, || self.cyberscan.vulnerabilities(call, ip)).await?;
+        let mut findings = Findings::of_stale(answer.stale.max(via));
+        let Record::Known(vulnerabilities) = answer.record else {
+            return Ok(findings);
+        };
+        let details_page = match observable.subject() {
+            Subject::Ip(ip) => {
+                self.cyberscan.known_host(call, *ip).and_then(|host| host.details_page.clone())
+            }
+            Subject::Domain(_) => details_page,
+        };
+        let seen = Seen { ip, details_page, vulnerabilities, asked_at: answer.asked_at };
+        let docs = self.rendered.get(seen, call.tenant.id(), observable, self.config.tlp);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        if docs.len() > limit {
+            findings.problems.add(Problem::LeftOut { count: docs.len() - limit });
+        }
+        findings.docs.extend(docs.iter().take(limit).cloned());
+        Ok(findings)
     }
 
     async fn reference(&self, call: &Call, observable: &Observable) -> Result<Findings<Reference>, Error> {
@@ -142,6 +174,8 @@ impl<P: CyberScan> Enricher<P> {
     async fn join<T>(
         &self,
         call: &Call,
+        observables: &[Observable],
+        purpose: Purpose,
         look_ups: Vec<impl Future<Output = Result<Findings<T>, Error>>>,
     ) -> Findings<T> {
         let mut all = Findings::default();
@@ -150,6 +184,9 @@ impl<P: CyberScan> Enricher<P> {
             all.problems.add(Problem::Failed(error));
             return all;
         }
+        let subjects: Vec<Subject> =
+            observables.iter().map(|observable| observable.subject().clone()).collect();
+        self.cyberscan.announce(call, &subjects, purpose).await;
         let look_ups = look_ups.into_iter().map(|look_up| by(call.deadline, look_up));
         let mut outcomes = stream::iter(look_ups).buffered(self.config.concurrency.get());
         while let Some(outcome) = outcomes.next().await {
@@ -162,6 +199,23 @@ impl<P: CyberScan> Enricher<P> {
             }
         }
         all
+    }
+}
+
+/// Addresses asked about within one request: several domains, and an address itself, often lead to
+/// the same, and one question is enough for all of them.
+#[derive(Default)]
+struct Asked(Mutex<HashMap<IpAddr, Arc<OnceCell<AtAddress>>>>);
+
+type AtAddress = Result<Answer<Vulnerabilities>, Error>;
+
+impl Asked {
+    async fn once<F>(&self, ip: IpAddr, ask: impl FnOnce() -> F) -> AtAddress
+    where
+        F: Future<Output = AtAddress>,
+    {
+        let cell = Arc::clone(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(ip).or_default());
+        cell.get_or_init(ask).await.clone()
     }
 }
 
@@ -184,6 +238,6 @@ impl<T> Findings<T> {
 
 /// `future`, unless `deadline` comes first.
 async fn by<T>(deadline: Instant, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let started = Instant::now();
-    timeout_at(deadline, future).await.unwrap_or_else(|_| Err(Error::TimedOut { after: started.elapsed() }))
+    let after = deadline.saturating_duration_since(Instant::now());
+    timeout_at(deadline, future).await.unwrap_or(Err(Error::TimedOut { after }))
 }

@@ -1,18 +1,18 @@
 //! From CyberScan's vulnerabilities to CTIM sightings. It owns the mapping: identity, order, the
 //! cut at the entity limit, the words; it must not know how either side travels.
 
-use std::{cmp::Reverse, collections::HashMap, net::IpAddr, time::Duration};
+use std::{cmp::Reverse, collections::HashMap, net::IpAddr, sync::Arc};
 
+use jiff::Timestamp;
 use serde_json::value::{RawValue, to_raw_value};
 use uuid::Uuid;
 
-use super::{Findings, Problem};
 use crate::{
     ctim::{
         Observable, Sighting, Subject,
         sighting::{Draft, Tlp},
     },
-    cyberscan::{Answer, Finding, Vulnerabilities},
+    cyberscan::{Finding, Vulnerabilities},
     tenant::TenantId,
 };
 
@@ -23,39 +23,23 @@ pub(super) struct Seen {
     /// CyberScan's page about the observable, where its record is at hand.
     pub(super) details_page: Option<String>,
     /// What was found there.
-    pub(super) vulnerabilities: Answer<Vulnerabilities>,
-    /// The age of the domain record that led to the address, if it is past its freshness.
-    pub(super) via: Option<Duration>,
+    pub(super) vulnerabilities: Arc<Vulnerabilities>,
+    /// When CyberScan was asked.
+    pub(super) asked_at: Timestamp,
 }
 
 impl Seen {
-    /// The sightings, worst first, at most `limit` of them.
-    pub(super) fn sightings(
-        &self,
-        tenant: TenantId,
-        observable: &Observable,
-        limit: u32,
-        tlp: Tlp,
-    ) -> Findings<Box<RawValue>> {
-        let mut findings = Findings::of_stale(self.vulnerabilities.stale.max(self.via));
-        let Some(vulnerabilities) = self.vulnerabilities.record.known() else {
-            return findings;
-        };
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let ranked = ranked(&vulnerabilities.0);
-        if let Some(count) = ranked.len().checked_sub(limit).filter(|count| *count > 0) {
-            findings.problems.add(Problem::LeftOut { count });
-        }
+    /// All sightings as JSON, worst first. They depend on nothing but what is seen, so they can be kept
+    /// as long as that is.
+    pub(super) fn render(&self, tenant: TenantId, observable: &Observable, tlp: Tlp) -> Vec<Arc<RawValue>> {
         let mut identities = Identities::new(tenant, observable, self.ip);
-        // Every finding takes its identity, also those beyond the limit: a limit must not rename.
-        let identified: Vec<_> = ranked.iter().map(|finding| (*finding, identities.of(finding))).collect();
-        for (finding, identity) in identified.into_iter().take(limit) {
+        let sightings = ranked(&self.vulnerabilities.0).into_iter().map(|finding| {
             let short_description = short_description(finding);
-            let sighting = Sighting::new(&Draft {
+            to_raw_value(&Sighting::new(&Draft {
                 observable,
                 ip: self.ip,
-                identity,
-                observed_at: self.vulnerabilities.asked_at,
+                identity: identities.of(finding),
+                observed_at: self.asked_at,
                 title: finding.name.as_deref(),
                 short_description: &short_description,
                 description: finding.description.as_deref(),
@@ -65,10 +49,9 @@ impl Seen {
                 confidence: finding.confidence(),
                 tlp,
                 table: &finding.table,
-            });
-            findings.docs.extend(to_raw_value(&sighting));
-        }
-        findings
+            }))
+        });
+        sightings.filter_map(Result::ok).map(Arc::from).collect()
     }
 }
 
@@ -130,12 +113,8 @@ impl Identities {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cyberscan::Record,
-        tenant::{ApiKey, Tenant},
-    };
+    use crate::tenant::{ApiKey, Tenant};
     use serde_json::{Value, json};
-    use std::sync::Arc;
 
     fn tenant(key: &str) -> TenantId {
         Tenant::new("api.example.com".parse().unwrap(), ApiKey::new(key.into())).id()
@@ -146,19 +125,15 @@ mod tests {
         Seen {
             ip: "192.0.2.7".parse().unwrap(),
             details_page: Some("https://www.cyberscan.io/x".into()),
-            vulnerabilities: Answer {
-                record: Record::Known(Arc::new(Vulnerabilities::parse(body.as_bytes()).unwrap())),
-                asked_at: "2026-01-02T03:04:05.678Z".parse().unwrap(),
-                stale: None,
-            },
-            via: None,
+            vulnerabilities: Arc::new(Vulnerabilities::parse(body.as_bytes()).unwrap()),
+            asked_at: "2026-01-02T03:04:05.678Z".parse().unwrap(),
         }
     }
 
     fn sightings(vulnerabilities: &Value, kind: &str, value: &str) -> Vec<Value> {
         let observable = Observable::new(kind, value).unwrap();
-        let findings = seen(vulnerabilities).sightings(tenant("k"), &observable, 100, Tlp::Amber);
-        findings.docs.iter().map(|doc| serde_json::from_str(doc.get()).unwrap()).collect()
+        let docs = seen(vulnerabilities).render(tenant("k"), &observable, Tlp::Amber);
+        docs.iter().map(|doc| serde_json::from_str(doc.get()).unwrap()).collect()
     }
 
     #[test]
@@ -249,12 +224,12 @@ mod tests {
         assert_eq!(ids(&list, "domain", "a.example"), ids(&list, "domain", "A.example."));
         assert_ne!(ids(&list, "domain", "a.example"), ids(&list, "domain", "b.example"));
         let observable = Observable::new("ip", "192.0.2.7").unwrap();
-        let other = seen(&list).sightings(tenant("other"), &observable, 100, Tlp::Amber);
-        assert!(!other.docs.iter().any(|doc| first.iter().any(|id| doc.get().contains(id))));
+        let other = seen(&list).render(tenant("other"), &observable, Tlp::Amber);
+        assert!(!other.iter().any(|doc| first.iter().any(|id| doc.get().contains(id))));
     }
 
     #[test]
-    fn the_worst_come_first_and_the_limit_cuts_the_rest() {
+    fn the_worst_come_first() {
         let list = json!([
             {"name": "low", "severity": "Low", "cvss": 9.9},
             {"name": "unsure", "severity": "High", "cvss": 7.0, "confidence": 30},
@@ -262,21 +237,9 @@ mod tests {
             {"name": "worst", "severity": "Critical"},
             {"name": "high", "severity": "High", "cvss": 7.5, "confidence": 30},
         ]);
-        let observable = Observable::new("ip", "192.0.2.7").unwrap();
-        let cut = seen(&list).sightings(tenant("k"), &observable, 3, Tlp::Amber);
-        let titles: Vec<Value> = cut
-            .docs
-            .iter()
-            .map(|doc| serde_json::from_str::<Value>(doc.get()).unwrap()["title"].take())
-            .collect();
-        assert_eq!(titles, ["worst", "high", "sure"]);
-        assert_eq!(cut.problems.as_slice(), [Problem::LeftOut { count: 2 }]);
-        let whole = seen(&list).sightings(tenant("k"), &observable, 5, Tlp::Amber);
-        assert!(whole.problems.as_slice().is_empty());
-        assert_eq!(
-            whole.docs.first().map(|d| d.get().to_owned()),
-            cut.docs.first().map(|d| d.get().to_owned())
-        );
+        let titles: Vec<Value> =
+            sightings(&list, "ip", "192.0.2.7").iter_mut().map(|sighting| sighting["title"].take()).collect();
+        assert_eq!(titles, ["worst", "high", "sure", "unsure", "low"]);
     }
 
     #[test]

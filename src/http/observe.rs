@@ -1,5 +1,7 @@
 //! `POST /observe/observables`: what CyberScan has seen at each observable.
 
+use std::sync::Arc;
+
 use futures_util::Stream;
 use http::HeaderMap;
 use serde::Serialize;
@@ -19,7 +21,7 @@ struct Entities {
 #[derive(Serialize)]
 struct Sightings {
     count: usize,
-    docs: Vec<Box<RawValue>>,
+    docs: Vec<Arc<RawValue>>,
 }
 
 pub(super) async fn observe<P: CyberScan>(
@@ -43,7 +45,7 @@ async fn sightings<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-) -> Result<Findings<Box<RawValue>>, ErrorItem> {
+) -> Result<Findings<Arc<RawValue>>, ErrorItem> {
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;

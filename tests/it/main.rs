@@ -14,5 +14,6 @@ mod harness;
 mod attacks;
 mod command_line;
 mod enrichment;
+mod golden;
 mod routes;
 mod upstream;

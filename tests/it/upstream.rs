@@ -1,6 +1,9 @@
 //! CyberScan in trouble: a failed look-up is an error item, never "nothing found".
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use cyberscan_relay::sandbox::{Behaviour, Call, IssuerBehaviour, Rule};
 use serde_json::{Value, json};
@@ -9,11 +12,13 @@ use crate::harness::{TestRelay, codes, seen};
 
 const IP: &str = "203.0.113.10";
 
-/// What the relay says when `call` behaves so.
+/// What the relay says about a domain it was not asked about before when `call` behaves so.
 async fn with(relay: &TestRelay, call: Call, behaviour: Behaviour) -> Value {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
     relay.sandbox.cyberscan.clear_script();
     relay.sandbox.cyberscan.script(Rule::on(call).does(behaviour));
-    relay.observe(&[("domain", "shop.example")]).await
+    let domain = format!("n{}.load.example", ASKED.fetch_add(1, Ordering::Relaxed));
+    relay.observe(&[("domain", &domain)]).await
 }
 
 fn status(code: u16) -> Behaviour {
@@ -99,11 +104,10 @@ async fn too_many_requests_says_when_to_come_back() {
 #[tokio::test]
 async fn an_access_token_is_kept_and_replaced_once_when_refused() {
     let relay = TestRelay::start().await;
-    let ask = || relay.observe(&[("ip", "198.18.0.1"), ("ip", "198.18.0.2"), ("ip", "198.18.0.3")]);
-    ask().await;
+    relay.observe(&[("ip", "198.18.0.1")]).await;
     assert_eq!(relay.sandbox.cyberscan.count(Call::Token), 1);
     relay.sandbox.cyberscan.invalidate_tokens();
-    let answer = ask().await;
+    let answer = relay.observe(&[("ip", "198.18.0.2"), ("ip", "198.18.0.3"), ("ip", "198.18.0.4")]).await;
     assert_eq!(seen(&answer).len(), 3);
     assert!(answer.get("errors").is_none());
     assert_eq!(relay.sandbox.cyberscan.count(Call::Token), 2);

@@ -198,12 +198,13 @@ impl World {
         let config = configs.entry((host.to_owned(), certificate)).or_insert_with(|| {
             let chain = vec![self.certify(host, certificate)];
             let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.server_key.serialize_der()));
-            let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-                .with_safe_default_protocol_versions()
-                .expect("the provider knows TLS 1.2 and 1.3")
-                .with_no_client_auth()
-                .with_single_cert(chain, key)
-                .expect("the certificate is the key's");
+            let config =
+                ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+                    .with_safe_default_protocol_versions()
+                    .expect("the provider knows TLS 1.2 and 1.3")
+                    .with_no_client_auth()
+                    .with_single_cert(chain, key)
+                    .expect("the certificate is the key's");
             Arc::new(config)
         });
         Arc::clone(config)
@@ -349,7 +350,9 @@ impl Connection {
             Dial::Hang => return silence(stream).await,
             Dial::Close => return Ok(()),
             Dial::Plain | Dial::Garbage => {
-                stream.read(&mut [0; 4096]).await?;
+                if stream.read(&mut [0; 4096]).await? == 0 {
+                    return Ok(());
+                }
                 let said: &[u8] = if dial == Dial::Plain {
                     b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
                 } else {
@@ -387,9 +390,7 @@ impl Connection {
 const GARBAGE: &[u8] = b"\x00\xff this is neither TLS nor HTTP \xfe\x01\r\n\r\n";
 
 async fn refuse(stream: &mut TcpStream) -> io::Result<()> {
-    stream
-        .write_all(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        .await?;
+    stream.write_all(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await?;
     stream.shutdown().await
 }
 

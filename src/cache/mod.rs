@@ -1,0 +1,812 @@
+//! The `Cached` stage: answers from memory, from Redis, or from the next stage, each asked once. It
+//! owns when an answer is served, renewed and forgotten; it must not know HTTP, CTIM or how CyberScan
+//! is asked.
+//!
+//! | found | answer |
+//! |---|---|
+//! | fresh | at once |
+//! | fresh, near its end | at once; renewed in the background |
+//! | stale, within `stale_while_revalidate` | at once; renewed in the background |
+//! | stale, within `stale_if_error` | the next stage's; if that fails or takes long, the stale one with its age |
+//! | nothing | the next stage's, asked once by all who wait, in all replicas |
+//!
+//! Errors are never kept as answers. A failed question is not asked again before a short, growing
+//! pause has passed; until then its failure is the answer.
+
+mod entry;
+pub mod policy;
+mod shared;
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use moka::{Expiry, sync::Cache};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    entry::{Codec, Entry, Kept},
+    policy::{Freshness, Policy},
+    shared::{Claim, Event, Scope, Shared, Told, VersionClock, chance},
+};
+use crate::{
+    clock::Clock,
+    ctim::{DomainName, Subject},
+    cyberscan::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, Record, Vulnerabilities},
+    flight::Flights,
+    metrics::{Flight, Metrics, Outcome, Resource, Tier},
+    redis_pool::{Redis, Unavailable},
+    tenant::TenantId,
+};
+
+/// Settings `cache.*` and `auth.revalidate`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `cache.memory`: bytes of answers in memory.
+    pub memory: u64,
+    /// How long domain records are good.
+    pub domain: Policy,
+    /// How long address records are good.
+    pub host: Policy,
+    /// How long vulnerabilities are good.
+    pub vulnerabilities: Policy,
+    /// `cache.soft_timeout`: how long an answer that may be served stale is waited for.
+    pub soft_timeout: Duration,
+    /// `cache.fill_timeout`: how long a question is pursued, whoever still waits.
+    pub fill_timeout: Duration,
+    /// `auth.revalidate`: how long a key counts as accepted.
+    pub revalidate: Duration,
+    /// `redis.encryption_key`: the first seals, all open.
+    pub encryption_keys: Vec<[u8; 32]>,
+}
+
+/// The first pause after a failed question; doubled with each further failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How many failed questions are remembered.
+const FAILURES: u64 = 10_000;
+/// How many tenants are remembered as accepted.
+const TENANTS: u64 = 10_000;
+/// How often a replica looks again while another fetches, if it is not told.
+const FIRST_POLL: Duration = Duration::from_millis(20);
+const LONGEST_POLL: Duration = Duration::from_millis(200);
+
+/// What an answer is kept under.
+type Name = [u8; 16];
+
+/// The name of an answer, and what it is an answer to.
+#[derive(Clone, Debug)]
+struct Key {
+    resource: Resource,
+    tenant: TenantId,
+    /// Derived from the tenant, the resource and the subject.
+    name: Name,
+}
+
+impl Key {
+    fn new(tenant: TenantId, resource: Resource, subject: &str) -> Self {
+        use crate::metrics::Label;
+        let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
+        Self { resource, tenant, name }
+    }
+}
+
+/// A stage that answers from memory and Redis before it asks the `next` one; a cheap clone.
+pub struct Cached<P>(Arc<Inner<P>>);
+
+struct Inner<P> {
+    next: P,
+    config: Config,
+    memory: Cache<Name, Kept>,
+    shared: Option<Shared>,
+    /// Versions where there is no Redis.
+    local_clock: VersionClock,
+    codec: Codec,
+    flights: Flights<Name, Result<Filled, Error>>,
+    failures: Cache<Name, Failure>,
+    /// When CyberScan last accepted a tenant's key.
+    accepted: Cache<TenantId, Instant>,
+    authentications: Flights<TenantId, Result<Instant, Error>>,
+    refused: Cache<TenantId, Failure>,
+    /// Nothing older than these versions may be kept.
+    purged: Mutex<HashMap<Scope, u64>>,
+    tasks: TaskTracker,
+    metrics: Metrics,
+}
+
+/// What a fill brought.
+#[derive(Clone)]
+struct Filled {
+    kept: Kept,
+    /// It was in Redis already, and may be of any age.
+    adopted: bool,
+}
+
+#[derive(Clone)]
+struct Failure {
+    error: Error,
+    until: Instant,
+    pause: Duration,
+}
+
+impl<P> Clone for Cached<P> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+/// A kind of record that is kept.
+trait Kind: Serialize + DeserializeOwned + Send + Sync + Sized + 'static {
+    const RESOURCE: Resource;
+    type Subject: Clone + ToString + Send + Sync + 'static;
+
+    fn policy(config: &Config) -> &Policy;
+    /// Bytes in memory, roughly.
+    fn weight(&self) -> usize;
+    fn ask<P: CyberScan>(
+        next: &P,
+        call: &Call,
+        subject: &Self::Subject,
+    ) -> impl Future<Output = Result<Answer<Self>, Error>> + Send;
+}
+
+impl Kind for DomainRecord {
+    const RESOURCE: Resource = Resource::Domain;
+    type Subject = DomainName;
+
+    fn policy(config: &Config) -> &Policy {
+        &config.domain
+    }
+
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.details_page.as_ref().map_or(0, String::capacity)
+    }
+
+    fn ask<P: CyberScan>(
+        next: &P,
+        call: &Call,
+        domain: &DomainName,
+    ) -> impl Future<Output = Result<Answer<Self>, Error>> + Send {
+        next.domain(call, domain)
+    }
+}
+
+impl Kind for HostRecord {
+    const RESOURCE: Resource = Resource::Host;
+    type Subject = IpAddr;
+
+    fn policy(config: &Config) -> &Policy {
+        &config.host
+    }
+
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.details_page.as_ref().map_or(0, String::capacity)
+    }
+
+    fn ask<P: CyberScan>(
+        next: &P,
+        call: &Call,
+        ip: &IpAddr,
+    ) -> impl Future<Output = Result<Answer<Self>, Error>> + Send {
+        next.host(call, *ip)
+    }
+}
+
+impl Kind for Vulnerabilities {
+    const RESOURCE: Resource = Resource::Vulnerabilities;
+    type Subject = IpAddr;
+
+    fn policy(config: &Config) -> &Policy {
+        &config.vulnerabilities
+    }
+
+    fn weight(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::capacity);
+        let finding = |finding: &crate::cyberscan::Finding| {
+            let cells = finding.table.iter().map(|(name, value)| name.capacity() + value.capacity() + 48);
+            let cves = finding.cves.iter().map(|cve| cve.capacity() + 24);
+            size_of_val(finding)
+                + cells.sum::<usize>()
+                + cves.sum::<usize>()
+                + text(&finding.name)
+                + text(&finding.description)
+                + text(&finding.cve)
+        };
+        size_of::<Self>() + self.0.iter().map(finding).sum::<usize>()
+    }
+
+    fn ask<P: CyberScan>(
+        next: &P,
+        call: &Call,
+        ip: &IpAddr,
+    ) -> impl Future<Output = Result<Answer<Self>, Error>> + Send {
+        next.vulnerabilities(call, *ip)
+    }
+}
+
+/// Takes an answer out of memory when nothing of it is of use any more.
+struct Life {
+    domain: Policy,
+    host: Policy,
+    vulnerabilities: Policy,
+}
+
+impl Expiry<Name, Kept> for Life {
+    fn expire_after_create(&self, _: &Name, kept: &Kept, _: std::time::Instant) -> Option<Duration> {
+        let policy = match kept.resource {
+            Resource::Domain => &self.domain,
+            Resource::Host => &self.host,
+            Resource::Vulnerabilities => &self.vulnerabilities,
+        };
+        Some(policy.life(kept.lifetime).saturating_sub(kept.born.elapsed()))
+    }
+
+    fn expire_after_update(
+        &self,
+        name: &Name,
+        kept: &Kept,
+        now: std::time::Instant,
+        _: Option<Duration>,
+    ) -> Option<Duration> {
+        self.expire_after_create(name, kept, now)
+    }
+}
+
+impl<P: CyberScan> Cached<P> {
+    /// A stage in front of `next`; `redis` is what replicas share, if they share anything. Its tasks are
+    /// tracked by `tasks` and end with `shutdown`.
+    #[must_use]
+    pub fn new(
+        next: P,
+        config: Config,
+        redis: Option<Redis>,
+        clock: Clock,
+        metrics: Metrics,
+        tasks: TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let life = Life { domain: config.domain, host: config.host, vulnerabilities: config.vulnerabilities };
+        let this = Self(Arc::new(Inner {
+            memory: Cache::builder()
+                .max_capacity(config.memory)
+                .weigher(|_, kept: &Kept| kept.weight)
+                .expire_after(life)
+                .support_invalidation_closures()
+                .build(),
+            codec: Codec::new(&config.encryption_keys),
+            shared: redis.map(|redis| Shared::new(redis, clock)),
+            local_clock: VersionClock::new(clock),
+            flights: Flights::new(tasks.clone()),
+            failures: Cache::builder().max_capacity(FAILURES).time_to_live(2 * LONGEST_PAUSE).build(),
+            accepted: Cache::builder()
+                .max_capacity(TENANTS)
+                .support_invalidation_closures()
+                .time_to_live(config.vulnerabilities.stale_if_error.max(config.revalidate))
+                .build(),
+            authentications: Flights::new(tasks.clone()),
+            refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
+            purged: Mutex::default(),
+            next,
+            config,
+            tasks: tasks.clone(),
+            metrics,
+        }));
+        if let Some(shared) = this.0.shared.clone() {
+            let hearing = this.clone();
+            tasks.spawn(shared.follow(shutdown, move |event| hearing.hear(event)));
+        }
+        this
+    }
+
+    /// An answer as the table above says.
+    async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
+        let key = Key::new(call.tenant.id(), K::RESOURCE, &subject.to_string());
+        let kept = match self.in_memory::<K>(&key) {
+            Some(kept) => {
+                self.count_memory::<K>(&kept);
+                kept
+            }
+            None => {
+                self.count::<K>(Tier::Memory, Outcome::Miss);
+                let filled = self.fill_by::<K>(&key, call, subject, 0, call.deadline).await?;
+                if !filled.adopted {
+                    return filled.kept.answer();
+                }
+                filled.kept
+            }
+        };
+        match K::policy(&self.0.config).freshness(kept.lifetime, kept.age()) {
+            Freshness::Fresh => {}
+            Freshness::Due | Freshness::Revalidate => self.renew::<K>(&key, call, subject, kept.version),
+            Freshness::IfError | Freshness::Dead => {
+                let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
+                match self.fill_by::<K>(&key, call, subject, kept.version, soft).await {
+                    Ok(filled) => return filled.kept.answer(),
+                    // A refused key gets nothing, however old.
+                    Err(Error::Unauthorized) => return Err(Error::Unauthorized),
+                    Err(_) => {
+                        let answer: Answer<K> = kept.answer()?;
+                        return Ok(Answer { stale: Some(kept.age()), ..answer });
+                    }
+                }
+            }
+        }
+        kept.answer()
+    }
+
+    /// What memory has under `key`, unless it is as good as nothing.
+    fn in_memory<K: Kind>(&self, key: &Key) -> Option<Kept> {
+        let kept = self.0.memory.get(&key.name)?;
+        let dead = K::policy(&self.0.config).freshness(kept.lifetime, kept.age()) == Freshness::Dead;
+        (!dead).then_some(kept)
+    }
+
+    /// Renews an answer in the background, unless that is under way or has just failed.
+    fn renew<K: Kind>(&self, key: &Key, call: &Call, subject: &K::Subject, version: u64) {
+        if self.recent_failure(key).is_none() {
+            drop(self.start_fill::<K>(key, call, subject, version));
+        }
+    }
+
+    /// A value newer than `version`, waited for until `deadline`; the question is pursued beyond it.
+    async fn fill_by<K: Kind>(
+        &self,
+        key: &Key,
+        call: &Call,
+        subject: &K::Subject,
+        version: u64,
+        deadline: Instant,
+    ) -> Result<Filled, Error> {
+        if let Some(failure) = self.recent_failure(key) {
+            return Err(failure.error);
+        }
+        let after = deadline.saturating_duration_since(Instant::now());
+        let mut outcome = self.start_fill::<K>(key, call, subject, version);
+        match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
+            Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
+            Ok(Err(_)) => Err(Error::Lost),
+            Err(_) => Err(Error::TimedOut { after }),
+        }
+    }
+
+    fn start_fill<K: Kind>(
+        &self,
+        key: &Key,
+        call: &Call,
+        subject: &K::Subject,
+        version: u64,
+    ) -> watch::Receiver<Option<Result<Filled, Error>>> {
+        self.0.flights.start(key.name, || {
+            let (this, key, subject, tenant) =
+                (self.clone(), key.clone(), subject.clone(), Arc::clone(&call.tenant));
+            async move {
+                let longest = this.0.config.fill_timeout;
+                let call = Call { tenant, deadline: Instant::now() + longest };
+                let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
+                let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
+                match &outcome {
+                    Ok(_) => this.0.failures.invalidate(&key.name),
+                    Err(error) => this.remember_failure(&key, error),
+                }
+                outcome
+            }
+        })
+    }
+
+    /// Gets a value newer than `version`: another replica's, or the next stage's.
+    async fn fill<K: Kind>(
+        &self,
+        key: &Key,
+        call: &Call,
+        subject: &K::Subject,
+        version: u64,
+    ) -> Result<Filled, Error> {
+        // A value that was purged is no value.
+        let mut version = version.max(self.purged_before(key.tenant));
+        let mut poll = FIRST_POLL;
+        let mut role = Flight::Adopted;
+        let owner = loop {
+            let Some(shared) = &self.0.shared else { break None };
+            // The lock outlives the longest fetch, so it is lost by dead replicas only.
+            let lease = self.0.config.fill_timeout + Duration::from_secs(1);
+            match shared.claim(key, version, lease).await {
+                Ok(Claim::Value(value)) => match self.adopt::<K>(key, &value) {
+                    Some(kept) => {
+                        self.0.metrics.flight(role);
+                        return Ok(Filled { kept, adopted: true });
+                    }
+                    // It cannot be read: as if it were not there.
+                    None => version = u64::MAX,
+                },
+                Ok(Claim::Leader(owner)) => {
+                    self.count::<K>(Tier::Redis, Outcome::Miss);
+                    break Some(owner);
+                }
+                Ok(Claim::Follower(told)) => {
+                    role = Flight::Follower;
+                    match timeout(poll.mul_f64(0.75 + 0.5 * chance()), told).await {
+                        Ok(Ok(Told::Failed(error))) => return Err(error),
+                        Ok(Ok(Told::Stored)) | Err(_) => {}
+                        // Another question for the same key took the place of ours.
+                        Ok(Err(_)) => sleep(FIRST_POLL).await,
+                    }
+                    poll = (poll * 2).min(LONGEST_POLL);
+                }
+                Err(_) => {
+                    self.count::<K>(Tier::Redis, Outcome::Error);
+                    break None;
+                }
+            }
+        };
+        self.0.metrics.flight(Flight::Leader);
+        let kept = self.fetch::<K>(key, call, subject, owner).await?;
+        Ok(Filled { kept, adopted: false })
+    }
+
+    /// Asks the next stage and keeps its answer.
+    async fn fetch<K: Kind>(
+        &self,
+        key: &Key,
+        call: &Call,
+        subject: &K::Subject,
+        owner: Option<String>,
+    ) -> Result<Kept, Error> {
+        let (born, version) = (Instant::now(), self.version_now());
+        let shared = self.0.shared.clone();
+        match K::ask(&self.0.next, call, subject).await {
+            Ok(answer) => {
+                let record = answer.record.known().cloned();
+                self.count::<K>(
+                    Tier::Upstream,
+                    if record.is_none() { Outcome::Negative } else { Outcome::Fresh },
+                );
+                let lifetime = K::policy(&self.0.config).lifetime(record.is_none(), chance());
+                let entry = Entry { record, asked_at: answer.asked_at, version, lifetime };
+                let kept = self.keep(key, &entry, born);
+                if let Some(shared) = shared
+                    && !K::policy(&self.0.config).life(lifetime).is_zero()
+                    && let Some(value) = self.0.codec.encode(&shared::binding(key), &entry)
+                {
+                    let life = K::policy(&self.0.config).life(lifetime);
+                    let key = key.clone();
+                    // In the background: who waits needs the answer, not its copy.
+                    self.0.tasks.spawn(async move { shared.store(&key, value, version, life, owner).await });
+                }
+                Ok(kept)
+            }
+            Err(error) => {
+                self.count::<K>(Tier::Upstream, Outcome::Error);
+                if let (Some(shared), Some(owner)) = (shared, owner) {
+                    let (key, error) = (key.clone(), error.clone());
+                    self.0.tasks.spawn(async move { shared.release(&key, owner, &error).await });
+                }
+                if error == Error::Unauthorized {
+                    // Whether it is the key that is refused, the next authentication tells.
+                    self.0.accepted.invalidate(&key.tenant);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a value from Redis into memory; its age counts from when CyberScan was asked.
+    fn adopt<K: Kind>(&self, key: &Key, value: &[u8]) -> Option<Kept> {
+        let shared = self.0.shared.as_ref()?;
+        let entry = match self.0.codec.decode::<K>(&shared::binding(key), value) {
+            Ok(entry) => entry,
+            Err(reason) => {
+                self.0.metrics.rejected(reason);
+                self.count::<K>(Tier::Redis, Outcome::Miss);
+                return None;
+            }
+        };
+        let age = shared.clock().age(entry.version);
+        let freshness = K::policy(&self.0.config).freshness(entry.lifetime, age);
+        let outcome = match entry.version > self.purged_before(key.tenant) {
+            true => outcome(freshness, entry.lifetime.negative),
+            false => Outcome::Miss,
+        };
+        self.count::<K>(Tier::Redis, outcome);
+        if outcome == Outcome::Miss {
+            return None;
+        }
+        let now = Instant::now();
+        Some(self.keep(key, &entry, now.checked_sub(age).unwrap_or(now)))
+    }
+
+    /// Puts an entry into memory, unless there is a newer one or it was purged meanwhile.
+    fn keep<K: Kind>(&self, key: &Key, entry: &Entry<K>, born: Instant) -> Kept {
+        let weight = entry.record.as_ref().map_or(0, |record| record.weight());
+        let kept = entry.keep(key, born, weight);
+        let dead = K::policy(&self.0.config).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
+        if !dead && entry.version > self.purged_before(key.tenant) {
+            use moka::ops::compute::Op;
+            self.0.memory.entry_by_ref(&key.name).and_compute_with(|present| match present {
+                Some(present) if present.value().version > kept.version => Op::Nop,
+                _ => Op::Put(kept.clone()),
+            });
+        }
+        kept
+    }
+
+    fn recent_failure(&self, key: &Key) -> Option<Failure> {
+        self.0.failures.get(&key.name).filter(|failure| Instant::now() < failure.until)
+    }
+
+    fn remember_failure(&self, key: &Key, error: &Error) {
+        // A refused key is the tenant's affair, a lost task nobody's.
+        if matches!(error, Error::Unauthorized | Error::Lost) {
+            return;
+        }
+        let failure = Failure::after(self.0.failures.get(&key.name), error.clone());
+        self.0.failures.insert(key.name, failure);
+    }
+
+    fn version_now(&self) -> u64 {
+        self.0.shared.as_ref().map_or_else(|| self.0.local_clock.now(), |shared| shared.clock().now())
+    }
+
+    /// Nothing of the tenant up to this version may be served.
+    fn purged_before(&self, tenant: TenantId) -> u64 {
+        let purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
+        if purged.is_empty() {
+            return 0;
+        }
+        let of = |scope: &Scope| purged.get(scope).copied().unwrap_or(0);
+        of(&Scope::All).max(of(&Scope::Tenant(label(tenant))))
+    }
+
+    fn hear(&self, event: Event) {
+        match event {
+            Event::Stored { name, version } => {
+                // The next read adopts the newer value.
+                if self.0.memory.get(&name).is_some_and(|kept| kept.version < version) {
+                    self.0.memory.invalidate(&name);
+                }
+            }
+            Event::Purged { scope, version } => self.drop_before(scope, version),
+            Event::Revoked { tenant, version } => {
+                let revoked = move |id: &TenantId, _: &Instant| label(*id) == tenant;
+                let _ = self.0.accepted.invalidate_entries_if(revoked);
+                self.drop_before(Scope::Tenant(tenant), version);
+            }
+            Event::Missed => {
+                self.0.memory.invalidate_all();
+                self.0.accepted.invalidate_all();
+            }
+        }
+    }
+
+    /// Drops what memory has of `scope` up to `version`, and does not take it back.
+    fn drop_before(&self, scope: Scope, version: u64) {
+        {
+            let mut purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = purged.entry(scope).or_insert(0);
+            if *known >= version {
+                return;
+            }
+            *known = version;
+        }
+        let _ = self.0.memory.invalidate_entries_if(move |_, kept: &Kept| {
+            kept.version <= version
+                && match scope {
+                    Scope::All => true,
+                    Scope::Tenant(tenant) => label(kept.tenant) == tenant,
+                }
+        });
+    }
+
+    /// Counts a look-up that memory answered, unless the answer has only just been brought there for
+    /// it: then it is counted where it came from.
+    fn count_memory<K: Kind>(&self, kept: &Kept) {
+        if kept.unread.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let freshness = K::policy(&self.0.config).freshness(kept.lifetime, kept.age());
+        self.count::<K>(Tier::Memory, outcome(freshness, kept.lifetime.negative));
+    }
+
+    fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {
+        self.0.metrics.look_up(K::RESOURCE, tier, outcome);
+    }
+}
+
+fn outcome(freshness: Freshness, negative: bool) -> Outcome {
+    match freshness {
+        Freshness::Fresh | Freshness::Due if negative => Outcome::Negative,
+        Freshness::Fresh | Freshness::Due => Outcome::Fresh,
+        Freshness::Revalidate | Freshness::IfError => Outcome::Stale,
+        Freshness::Dead => Outcome::Miss,
+    }
+}
+
+/// The name of a tenant in Redis.
+fn label(tenant: TenantId) -> [u8; 16] {
+    tenant.derive("label", &[])
+}
+
+impl Failure {
+    /// The failure that follows `last`: each pause is twice the last one, give or take a fifth.
+    fn after(last: Option<Self>, error: Error) -> Self {
+        let pause = last.map_or(FIRST_PAUSE, |last| (last.pause * 2).min(LONGEST_PAUSE));
+        Self { error, until: Instant::now() + pause.mul_f64(0.8 + 0.4 * chance()), pause }
+    }
+}
+
+impl Kept {
+    fn age(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    fn answer<T: Send + Sync + 'static>(&self) -> Result<Answer<T>, Error> {
+        let entry: Entry<T> = self.entry().ok_or(Error::Lost)?;
+        let record = entry.record.map_or(Record::Unknown, Record::Known);
+        Ok(Answer { record, asked_at: entry.asked_at, stale: None })
+    }
+}
+
+impl<P: CyberScan> Cached<P> {
+    /// Forgets everything, on every replica.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when the other replicas could not be told; this one has forgotten.
+    pub async fn purge_all(&self) -> Result<(), Unavailable> {
+        self.purge(Scope::All).await
+    }
+
+    /// Forgets what is kept for one tenant, on every replica.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when the other replicas could not be told; this one has forgotten.
+    pub async fn purge_tenant(&self, tenant: TenantId) -> Result<(), Unavailable> {
+        self.purge(Scope::Tenant(label(tenant))).await
+    }
+
+    async fn purge(&self, scope: Scope) -> Result<(), Unavailable> {
+        let told = match &self.0.shared {
+            Some(shared) => shared.purge(scope).await.map(drop),
+            None => Ok(()),
+        };
+        self.drop_before(scope, self.version_now());
+        told
+    }
+
+    /// Asks the next stage whether the tenant's key is accepted, in a task of its own.
+    async fn reauthenticate(&self, call: &Call, deadline: Instant) -> Result<Instant, Error> {
+        let tenant = call.tenant.id();
+        if let Some(failure) = self.0.refused.get(&tenant).filter(|failure| Instant::now() < failure.until) {
+            return Err(failure.error);
+        }
+        let after = deadline.saturating_duration_since(Instant::now());
+        let joining = self.0.authentications.join(tenant, || {
+            let (this, tenant) = (self.clone(), Arc::clone(&call.tenant));
+            async move {
+                let longest = this.0.config.fill_timeout;
+                let call = Call { tenant, deadline: Instant::now() + longest };
+                let outcome = timeout(longest, this.0.next.authenticate(&call)).await;
+                let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
+                this.note_authentication(call.tenant.id(), &outcome).await;
+                outcome
+            }
+        });
+        match timeout_at(deadline, joining).await {
+            Ok(outcome) => outcome.unwrap_or(Err(Error::Lost)),
+            Err(_) => Err(Error::TimedOut { after }),
+        }
+    }
+
+    async fn note_authentication(&self, tenant: TenantId, outcome: &Result<Instant, Error>) {
+        match outcome {
+            Ok(at) => {
+                self.0.accepted.insert(tenant, *at);
+                self.0.refused.invalidate(&tenant);
+            }
+            Err(error) => {
+                let failure = Failure::after(self.0.refused.get(&tenant), error.clone());
+                self.0.refused.insert(tenant, failure);
+                if *error == Error::Unauthorized {
+                    self.0.accepted.invalidate(&tenant);
+                    self.drop_before(Scope::Tenant(label(tenant)), self.version_now());
+                    if let Some(shared) = &self.0.shared {
+                        shared.revoke(label(tenant)).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Brings what Redis has of `keys` into memory, in one round trip.
+    async fn read_ahead(&self, mut keys: Vec<Key>) {
+        let Some(shared) = &self.0.shared else { return };
+        keys.retain(|key| !self.0.memory.contains_key(&key.name));
+        keys.sort_unstable_by_key(|key| key.name);
+        keys.dedup_by_key(|key| key.name);
+        if keys.is_empty() {
+            return;
+        }
+        let Ok(values) = shared.read(&keys).await else { return };
+        for (key, value) in keys.iter().zip(values) {
+            let Some(value) = value else { continue };
+            let kept = match key.resource {
+                Resource::Domain => self.adopt::<DomainRecord>(key, &value),
+                Resource::Host => self.adopt::<HostRecord>(key, &value),
+                Resource::Vulnerabilities => self.adopt::<Vulnerabilities>(key, &value),
+            };
+            if let Some(kept) = kept {
+                kept.unread.store(true, Ordering::Relaxed);
+                self.0.metrics.look_up(key.resource, Tier::Memory, Outcome::Miss);
+            }
+        }
+    }
+}
+
+impl<P: CyberScan> CyberScan for Cached<P> {
+    /// A key counts as accepted for `auth.revalidate`. While CyberScan cannot be asked, one that was
+    /// accepted before goes on being served from what is kept.
+    async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
+        let before = self.0.accepted.get(&call.tenant.id());
+        match before {
+            Some(at) if at.elapsed() < self.0.config.revalidate => Ok(at),
+            Some(at) => {
+                let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
+                match self.reauthenticate(call, soft).await {
+                    Ok(at) => Ok(at),
+                    Err(Error::Unauthorized) => Err(Error::Unauthorized),
+                    Err(_) => Ok(at),
+                }
+            }
+            None => self.reauthenticate(call, call.deadline).await,
+        }
+    }
+
+    async fn announce(&self, call: &Call, subjects: &[Subject], purpose: Purpose) {
+        if self.0.shared.is_none() {
+            return;
+        }
+        let tenant = call.tenant.id();
+        let key = |resource, subject: &dyn ToString| Key::new(tenant, resource, &subject.to_string());
+        let first = subjects.iter().map(|subject| match (subject, purpose) {
+            (Subject::Domain(domain), _) => key(Resource::Domain, domain),
+            (Subject::Ip(ip), Purpose::Sightings) => key(Resource::Vulnerabilities, ip),
+            (Subject::Ip(ip), Purpose::References) => key(Resource::Host, ip),
+        });
+        self.read_ahead(first.collect()).await;
+        if purpose == Purpose::Sightings {
+            let addresses = subjects.iter().filter_map(|subject| match subject {
+                Subject::Domain(domain) => {
+                    let kept = self.in_memory::<DomainRecord>(&key(Resource::Domain, domain))?;
+                    Some(key(Resource::Vulnerabilities, &kept.entry::<DomainRecord>()?.record?.ip?))
+                }
+                Subject::Ip(_) => None,
+            });
+            self.read_ahead(addresses.collect()).await;
+        }
+    }
+
+    async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+        self.look_up(call, domain).await
+    }
+
+    async fn host(&self, call: &Call, ip: IpAddr) -> Result<Answer<HostRecord>, Error> {
+        self.look_up(call, &ip).await
+    }
+
+    async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+        self.look_up(call, &ip).await
+    }
+
+    fn known_host(&self, call: &Call, ip: IpAddr) -> Option<Arc<HostRecord>> {
+        let key = Key::new(call.tenant.id(), Resource::Host, &ip.to_string());
+        self.in_memory::<HostRecord>(&key)?.entry::<HostRecord>()?.record
+    }
+}

@@ -1,0 +1,619 @@
+//! The tier all replicas share: values, locks and the event stream in Redis. It owns the keys, the
+//! scripts and what is told to other replicas; it must not know what records mean or when they are
+//! good.
+//!
+//! Keys, `h` being a 128-bit name that only the tenant's API key could reproduce:
+//! `relay:1:{h}:v` a value, `relay:1:{h}:l` the lock of whoever fetches it, `relay:1:events` the stream,
+//! `relay:1:purged` what was purged when. The braces keep a value and its lock on one node of a
+//! cluster. Values and locks carry a time to live; stream and purges do not, so that memory pressure
+//! (`volatile-*`) never takes them.
+
+use std::{
+    collections::HashMap,
+    fmt::Write,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use deadpool_redis::redis::{self, FromRedisValue, Script, Value, cmd};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{Key, Name, entry::version_text};
+use crate::{
+    clock::Clock,
+    cyberscan::Error,
+    metrics::Operation,
+    redis_pool::{Link, Redis, Unavailable},
+};
+
+const STREAM: &str = "relay:1:events";
+const PURGED: &str = "relay:1:purged";
+/// Events kept for replicas that were cut off.
+const EVENTS: usize = 10_000;
+/// How long one blocking read of the stream waits; below the driver's own time-out of 500 ms.
+const BLOCK: Duration = Duration::from_millis(300);
+/// The longest pause between two attempts to follow the stream.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long the clocks may run before they are compared again.
+const COMPARE: Duration = Duration::from_secs(10);
+/// Writes that wait for Redis to come back, at most.
+const PENDING: usize = 1_000;
+
+/// KEYS value, lock; ARGV owner, lease in ms, version a value has to be newer than.
+const CLAIM: &str = r"
+local value = redis.call('GET', KEYS[1])
+if value and string.sub(value, 3, 18) > ARGV[3] then return {1, value} end
+if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then return {2, ''} end
+return {3, ''}";
+
+/// KEYS value, lock; ARGV owner, version, value, time to live in ms, a version beyond all that can be.
+/// A newer value stays; one that claims to be from the future does not.
+const STORE: &str = r"
+local present = redis.call('GETRANGE', KEYS[1], 2, 17)
+local newer = #present == 16 and not string.find(present, '[^0-9a-f]') and present > ARGV[2] and present < ARGV[5]
+if not newer then redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) end
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+return newer and 0 or 1";
+
+/// KEYS lock; ARGV owner.
+const RELEASE: &str =
+    r"if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
+
+/// The shared tier; a cheap clone.
+#[derive(Clone)]
+pub(super) struct Shared(Arc<Inner>);
+
+struct Inner {
+    redis: Redis,
+    /// This process, among all that share the Redis.
+    replica: String,
+    fills: AtomicU64,
+    clock: VersionClock,
+    /// Who waits for another replica's value.
+    waiting: Mutex<HashMap<[u8; 16], oneshot::Sender<Told>>>,
+    /// Writes that failed, newest per key.
+    pending: Mutex<HashMap<Name, Pending>>,
+    claim: Script,
+    store: Script,
+    release: Script,
+}
+
+struct Pending {
+    key: Key,
+    value: Vec<u8>,
+    version: u64,
+    /// When the value is of no use any more.
+    until: Instant,
+}
+
+/// What a look at the shared tier with the intent to fetch comes to.
+pub(super) enum Claim {
+    /// There is a newer value already.
+    Value(Vec<u8>),
+    /// The lock is ours; it has this owner.
+    Leader(String),
+    /// Another replica fetches; it tells when it is done.
+    Follower(oneshot::Receiver<Told>),
+}
+
+/// What another replica told about a fetch.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Told {
+    /// The value is there.
+    Stored,
+    /// There is none, for this reason.
+    Failed(Error),
+}
+
+/// Something that happened on another replica.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Event {
+    /// A newer value of this name is in Redis.
+    Stored { name: [u8; 16], version: u64 },
+    /// Nothing older than `version` may be served, of everyone or of one tenant.
+    Purged { scope: Scope, version: u64 },
+    /// CyberScan refuses this tenant's key.
+    Revoked { tenant: [u8; 16], version: u64 },
+    /// Events were missed: nothing kept from before can be relied on.
+    Missed,
+}
+
+/// What a purge is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Scope {
+    /// Everything.
+    All,
+    /// All answers of one tenant, by the name it has in Redis.
+    Tenant([u8; 16]),
+}
+
+impl Shared {
+    pub(super) fn new(redis: Redis, wall: Clock) -> Self {
+        Self(Arc::new(Inner {
+            redis,
+            replica: uuid::Uuid::new_v4().simple().to_string(),
+            fills: AtomicU64::new(0),
+            clock: VersionClock::new(wall),
+            waiting: Mutex::default(),
+            pending: Mutex::default(),
+            claim: Script::new(CLAIM),
+            store: Script::new(STORE),
+            release: Script::new(RELEASE),
+        }))
+    }
+
+    /// The clock all replicas share, for versions.
+    pub(super) fn clock(&self) -> &VersionClock {
+        &self.0.clock
+    }
+
+    /// The values of `keys`, all in one round trip.
+    pub(super) async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Unavailable> {
+        let mut read = cmd("MGET");
+        for key in keys {
+            read.arg(value_key(key));
+        }
+        self.0.redis.run(Operation::Read, |mut link| async move { read.query_async(&mut link).await }).await
+    }
+
+    /// Looks for a value newer than `version` and, if there is none, tries to become the one who
+    /// fetches it, in one script.
+    pub(super) async fn claim(&self, key: &Key, version: u64, lease: Duration) -> Result<Claim, Unavailable> {
+        // Registered first, so that whatever is told after the look is heard.
+        let (teller, told) = oneshot::channel();
+        lock(&self.0.waiting).insert(key.name, teller);
+        let owner = format!("{}-{}", self.0.replica, self.0.fills.fetch_add(1, Ordering::Relaxed));
+        let script = &self.0.claim;
+        let owner_arg = owner.clone();
+        let outcome: Result<(u8, Vec<u8>), Unavailable> = self
+            .0
+            .redis
+            .run(Operation::Claim, |mut link| async move {
+                script
+                    .key(value_key(key))
+                    .key(lock_key(key))
+                    .arg(owner_arg)
+                    .arg(millis(lease))
+                    .arg(version_text(version))
+                    .invoke_async(&mut link)
+                    .await
+            })
+            .await;
+        let claim = match outcome? {
+            (1, value) => Claim::Value(value),
+            (2, _) => Claim::Leader(owner),
+            _ => return Ok(Claim::Follower(told)),
+        };
+        lock(&self.0.waiting).remove(&key.name);
+        Ok(claim)
+    }
+
+    /// Writes a value unless a newer one is there, gives the lock back and tells the others. If Redis
+    /// cannot be reached the value is written when it comes back.
+    pub(super) async fn store(
+        &self,
+        key: &Key,
+        value: Vec<u8>,
+        version: u64,
+        life: Duration,
+        owner: Option<String>,
+    ) {
+        let until = Instant::now() + life;
+        if self.write(key, &value, version, life, owner.unwrap_or_default()).await.is_err() {
+            let mut pending = lock(&self.0.pending);
+            if pending.len() >= PENDING
+                && let Some(oldest) =
+                    pending.iter().min_by_key(|(_, write)| write.version).map(|(name, _)| *name)
+            {
+                pending.remove(&oldest);
+            }
+            let newest = pending.get(&key.name).is_none_or(|present| present.version < version);
+            if newest {
+                pending.insert(key.name, Pending { key: key.clone(), value, version, until });
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        key: &Key,
+        value: &[u8],
+        version: u64,
+        life: Duration,
+        owner: String,
+    ) -> Result<(), Unavailable> {
+        let script = &self.0.store;
+        let horizon = self.0.clock.now().saturating_add(3_600_000_000);
+        let told = self.event("set", &hex(&key.name), version);
+        self.0
+            .redis
+            .run(Operation::Store, |mut link| async move {
+                let _: u8 = script
+                    .key(value_key(key))
+                    .key(lock_key(key))
+                    .arg(owner)
+                    .arg(version_text(version))
+                    .arg(value)
+                    .arg(millis(life))
+                    .arg(version_text(horizon))
+                    .invoke_async(&mut link)
+                    .await?;
+                told.query_async::<String>(&mut link).await
+            })
+            .await?;
+        Ok(())
+    }
+
+    /// Gives the lock back without a value and tells the others why, where they would fare no better.
+    pub(super) async fn release(&self, key: &Key, owner: String, error: &Error) {
+        let script = &self.0.release;
+        let mut told = failure_code(error).map(|(code, number)| {
+            let mut event = self.event("fail", &hex(&key.name), number);
+            event.arg("e").arg(code);
+            event
+        });
+        let _ = self
+            .0
+            .redis
+            .run(Operation::Release, |mut link| async move {
+                let _: u8 = script.key(lock_key(key)).arg(owner).invoke_async(&mut link).await?;
+                match &mut told {
+                    Some(told) => told.query_async::<String>(&mut link).await.map(drop),
+                    None => Ok(()),
+                }
+            })
+            .await;
+    }
+
+    /// Tells all replicas, also those that are cut off now, that nothing older than now may be served.
+    pub(super) async fn purge(&self, scope: Scope) -> Result<u64, Unavailable> {
+        let version = self.0.clock.now();
+        let name = scope_text(scope);
+        let told = self.event("purge", &name, version);
+        self.0
+            .redis
+            .run(Operation::Events, |mut link| async move {
+                let _: i64 = cmd("HSET").arg(PURGED).arg(name).arg(version).query_async(&mut link).await?;
+                told.query_async::<String>(&mut link).await
+            })
+            .await?;
+        Ok(version)
+    }
+
+    /// Tells all replicas that CyberScan refuses a tenant's key.
+    pub(super) async fn revoke(&self, tenant: [u8; 16]) {
+        let told = self.event("revoke", &hex(&tenant), self.0.clock.now());
+        let told = self
+            .0
+            .redis
+            .run(Operation::Events, |mut link| async move { told.query_async::<String>(&mut link).await });
+        let _ = told.await;
+    }
+
+    fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
+        let mut event = cmd("XADD");
+        event.arg(STREAM).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
+        event.arg("o").arg(&self.0.replica).arg("t").arg(kind).arg("k").arg(name).arg("v").arg(number);
+        event
+    }
+
+    /// Follows the stream until `shutdown`: wakes who waits, and has `hear` told of everything else.
+    pub(super) async fn follow(self, shutdown: CancellationToken, hear: impl Fn(Event) + Send) {
+        let mut cursor: Option<String> = None;
+        let mut pause = Duration::from_millis(50);
+        let following = async {
+            loop {
+                match self.follow_once(&mut cursor, &hear).await {
+                    Ok(never) => match never {},
+                    Err(lived) if lived > LONGEST_PAUSE => pause = Duration::from_millis(50),
+                    Err(_) => {}
+                }
+                sleep(pause.mul_f64(0.75 + 0.5 * chance())).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        };
+        let _: Option<std::convert::Infallible> = Box::pin(shutdown.run_until_cancelled(following)).await;
+    }
+
+    /// Follows the stream on one connection; ends with how long it worked.
+    async fn follow_once(
+        &self,
+        cursor: &mut Option<String>,
+        hear: &(impl Fn(Event) + Send),
+    ) -> Result<std::convert::Infallible, Duration> {
+        let started = Instant::now();
+        let lost = |_| started.elapsed();
+        let mut link = self.0.redis.own_link().await.map_err(|Unavailable| started.elapsed())?;
+        self.compare_clocks(&mut link).await.map_err(lost)?;
+        let mut position = self.resume(&mut link, cursor.as_deref(), hear).await.map_err(lost)?;
+        *cursor = Some(position.clone());
+        self.write_pending().await;
+        let mut compared = Instant::now();
+        loop {
+            let mut read = cmd("XREAD");
+            read.arg("COUNT")
+                .arg(1000)
+                .arg("BLOCK")
+                .arg(millis(BLOCK))
+                .arg("STREAMS")
+                .arg(STREAM)
+                .arg(&position);
+            let batch: Value = bounded(read.query_async(&mut link), BLOCK * 2).await.map_err(lost)?;
+            for (id, event) in events(&batch) {
+                position = id;
+                if let Some((origin, event)) = event.as_ref().and_then(parse)
+                    && origin != self.0.replica
+                {
+                    self.pass_on(event, hear);
+                }
+            }
+            *cursor = Some(position.clone());
+            if compared.elapsed() >= COMPARE {
+                self.compare_clocks(&mut link).await.map_err(lost)?;
+                self.write_pending().await;
+                compared = Instant::now();
+            }
+        }
+    }
+
+    /// Where to read on: at the end on a first connection; else after the last event heard, unless
+    /// events after it are gone.
+    async fn resume(
+        &self,
+        link: &mut Link,
+        cursor: Option<&str>,
+        hear: &(impl Fn(Event) + Send),
+    ) -> redis::RedisResult<String> {
+        let edge = async |link: &mut Link, reverse: bool| -> redis::RedisResult<Option<String>> {
+            let (command, from, to) = if reverse { ("XREVRANGE", "+", "-") } else { ("XRANGE", "-", "+") };
+            let found: Value = bounded(
+                cmd(command).arg(STREAM).arg(from).arg(to).arg("COUNT").arg(1).query_async(link),
+                LONGEST_PAUSE,
+            )
+            .await?;
+            Ok(entries(&found).into_iter().next().map(|(id, _)| id))
+        };
+        let (first, last) = (edge(link, false).await?, edge(link, true).await?);
+        let purged: HashMap<String, u64> =
+            bounded(cmd("HGETALL").arg(PURGED).query_async(link), LONGEST_PAUSE).await?;
+        for (name, version) in purged {
+            if let Some(scope) = scope_of(&name) {
+                hear(Event::Purged { scope, version });
+            }
+        }
+        match cursor {
+            None => Ok(last.unwrap_or_else(|| "0-0".to_owned())),
+            Some(cursor) => {
+                let unbroken = first.is_some_and(|first| stream_id(&first) <= stream_id(cursor));
+                if !unbroken && cursor != "0-0" {
+                    info!("events were missed; what is in memory is dropped");
+                    hear(Event::Missed);
+                    return Ok(last.unwrap_or_else(|| "0-0".to_owned()));
+                }
+                Ok(cursor.to_owned())
+            }
+        }
+    }
+
+    fn pass_on(&self, event: Heard, hear: &impl Fn(Event)) {
+        let wake = |name: &[u8; 16], told: Told| {
+            if let Some(teller) = lock(&self.0.waiting).remove(name) {
+                let _ = teller.send(told);
+            }
+        };
+        match event {
+            Heard::Stored { name, version } => {
+                hear(Event::Stored { name, version });
+                wake(&name, Told::Stored);
+            }
+            Heard::Failed { name, error } => wake(&name, Told::Failed(error)),
+            Heard::Purged { scope, version } => hear(Event::Purged { scope, version }),
+            Heard::Revoked { tenant, version } => hear(Event::Revoked { tenant, version }),
+        }
+    }
+
+    async fn compare_clocks(&self, link: &mut Link) -> redis::RedisResult<()> {
+        let (seconds, micros): (u64, u64) = bounded(cmd("TIME").query_async(link), LONGEST_PAUSE).await?;
+        self.0.clock.set(seconds.saturating_mul(1_000_000).saturating_add(micros));
+        Ok(())
+    }
+
+    /// Writes what could not be written before, with a pause in between: a Redis that comes back is not
+    /// to be overrun by all replicas at once.
+    async fn write_pending(&self) {
+        let waiting: Vec<Pending> = lock(&self.0.pending).drain().map(|(_, write)| write).collect();
+        if waiting.is_empty() {
+            return;
+        }
+        let count = waiting.len();
+        for write in waiting {
+            let life = write.until.saturating_duration_since(Instant::now());
+            if !life.is_zero() {
+                self.store(&write.key, write.value, write.version, life, None).await;
+            }
+        }
+        let left = lock(&self.0.pending).len();
+        if left > 0 {
+            warn!(left, "writes to redis still wait");
+        } else {
+            info!(count, "writes that had waited for redis are done");
+        }
+    }
+}
+
+/// Microseconds on a clock that all replicas share: Redis's, as soon as it was read once. It runs with
+/// this process's monotonic clock, so a jump of the wall clock does not reach it.
+pub(super) struct VersionClock {
+    started: Instant,
+    /// What to add to the microseconds since `started`.
+    offset: AtomicI64,
+}
+
+impl VersionClock {
+    pub(super) fn new(wall: Clock) -> Self {
+        Self { started: Instant::now(), offset: AtomicI64::new(wall.now().as_microsecond()) }
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        let now = self.elapsed().saturating_add(self.offset.load(Ordering::Relaxed));
+        u64::try_from(now).unwrap_or(0)
+    }
+
+    /// How long ago `version` was.
+    pub(super) fn age(&self, version: u64) -> Duration {
+        Duration::from_micros(self.now().saturating_sub(version))
+    }
+
+    fn set(&self, now: u64) {
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        self.offset.store(now.saturating_sub(self.elapsed()), Ordering::Relaxed);
+    }
+
+    fn elapsed(&self) -> i64 {
+        i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX)
+    }
+}
+
+enum Heard {
+    Stored { name: [u8; 16], version: u64 },
+    Failed { name: [u8; 16], error: Error },
+    Purged { scope: Scope, version: u64 },
+    Revoked { tenant: [u8; 16], version: u64 },
+}
+
+/// The origin and the content of an event.
+fn parse(fields: &HashMap<String, String>) -> Option<(&str, Heard)> {
+    let text = |name: &str| fields.get(name).map(String::as_str);
+    let number: u64 = text("v")?.parse().ok()?;
+    let name = text("k")?;
+    let heard = match text("t")? {
+        "set" => Heard::Stored { name: unhex(name)?, version: number },
+        "fail" => Heard::Failed { name: unhex(name)?, error: failure_of(text("e")?, number)? },
+        "purge" => Heard::Purged { scope: scope_of(name)?, version: number },
+        "revoke" => Heard::Revoked { tenant: unhex(name)?, version: number },
+        _ => return None,
+    };
+    Some((text("o")?, heard))
+}
+
+/// Failures that every replica would meet in the same way. Others, such as no route to the host, each
+/// has to find out for itself.
+fn failure_code(error: &Error) -> Option<(&'static str, u64)> {
+    match error {
+        Error::Throttled { retry_after } => Some(("throttled", millis(*retry_after))),
+        Error::Unavailable { status } => Some(("unavailable", u64::from(*status))),
+        Error::TimedOut { after } => Some(("timed-out", millis(*after))),
+        Error::Unexpected { .. } => Some(("unexpected", 0)),
+        Error::Unreachable { .. } | Error::Untrusted { .. } | Error::Unauthorized | Error::Lost => None,
+    }
+}
+
+fn failure_of(code: &str, number: u64) -> Option<Error> {
+    match code {
+        "throttled" => Some(Error::Throttled { retry_after: Duration::from_millis(number) }),
+        "unavailable" => Some(Error::Unavailable { status: u16::try_from(number).ok()? }),
+        "timed-out" => Some(Error::TimedOut { after: Duration::from_millis(number) }),
+        "unexpected" => Some(Error::Unexpected { expected: "a record in its format" }),
+        _ => None,
+    }
+}
+
+/// The entries in the answer of XREAD on one stream.
+fn events(answer: &Value) -> Vec<(String, Option<HashMap<String, String>>)> {
+    // RESP2: [[stream, entries]]; RESP3: {stream: entries}; nothing: nil.
+    match answer {
+        Value::Array(streams) => match streams.first() {
+            Some(Value::Array(stream)) => stream.get(1).map(entries).unwrap_or_default(),
+            _ => Vec::new(),
+        },
+        Value::Map(streams) => streams.first().map(|(_, stream)| entries(stream)).unwrap_or_default(),
+        _ => Vec::new(),
+    }
+}
+
+/// The entries in the answer of XRANGE; what is not in our form has an id only.
+fn entries(answer: &Value) -> Vec<(String, Option<HashMap<String, String>>)> {
+    let Value::Array(entries) = answer else {
+        return Vec::new();
+    };
+    let entry = |entry: &Value| match entry {
+        Value::Array(parts) => {
+            let id = String::from_redis_value(parts.first()?.clone()).ok()?;
+            Some((id, parts.get(1).and_then(|fields| HashMap::from_redis_value(fields.clone()).ok())))
+        }
+        _ => None,
+    };
+    entries.iter().filter_map(entry).collect()
+}
+
+/// A stream id as it sorts.
+fn stream_id(id: &str) -> (u64, u64) {
+    let (millis, sequence) = id.split_once('-').unwrap_or((id, "0"));
+    (millis.parse().unwrap_or(0), sequence.parse().unwrap_or(0))
+}
+
+fn value_key(key: &Key) -> String {
+    format!("relay:1:{{{}}}:v", hex(&key.name))
+}
+
+fn lock_key(key: &Key) -> String {
+    format!("relay:1:{{{}}}:l", hex(&key.name))
+}
+
+/// What a value is bound to when it is sealed.
+pub(super) fn binding(key: &Key) -> Vec<u8> {
+    value_key(key).into_bytes()
+}
+
+fn scope_text(scope: Scope) -> String {
+    match scope {
+        Scope::All => "all".to_owned(),
+        Scope::Tenant(name) => hex(&name),
+    }
+}
+
+fn scope_of(text: &str) -> Option<Scope> {
+    if text == "all" { Some(Scope::All) } else { unhex(text).map(Scope::Tenant) }
+}
+
+fn hex(name: &[u8; 16]) -> String {
+    name.iter().fold(String::with_capacity(32), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<[u8; 16]> {
+    let plain = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    plain.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(u128::to_be_bytes)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+/// A number from 0 to 1; for spreading, not for secrets.
+pub(super) fn chance() -> f64 {
+    let (_, low) = uuid::Uuid::new_v4().as_u64_pair();
+    (low >> 11 & 0xffff_ffff) as f64 / f64::from(u32::MAX)
+}
+
+async fn bounded<T>(
+    operation: impl Future<Output = redis::RedisResult<T>>,
+    longest: Duration,
+) -> redis::RedisResult<T> {
+    let late = || redis::RedisError::from((redis::ErrorKind::Io, "no answer in time"));
+    timeout(longest, operation).await.unwrap_or_else(|_| Err(late()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

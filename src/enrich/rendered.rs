@@ -1,0 +1,60 @@
+//! Sightings that are rendered already. Ids are deterministic and times are those of the fetch, so the
+//! JSON of an answer does not change while the answer lives: it is made once and served as bytes. It
+//! owns when a rendering still fits; it must not know how one is made.
+
+use std::{net::IpAddr, sync::Arc};
+
+use moka::sync::Cache;
+use serde_json::value::RawValue;
+
+use super::sighting::Seen;
+use crate::{
+    ctim::{Observable, sighting::Tlp},
+    cyberscan::Vulnerabilities,
+    tenant::TenantId,
+};
+
+/// Renderings by tenant and observable, bounded in bytes; a cheap clone.
+#[derive(Clone)]
+pub(super) struct Rendered(Cache<[u8; 16], Arc<Rendering>>);
+
+struct Rendering {
+    /// What it is a rendering of: the very record, not one like it.
+    vulnerabilities: Arc<Vulnerabilities>,
+    ip: IpAddr,
+    details_page: Option<String>,
+    docs: Arc<[Arc<RawValue>]>,
+}
+
+impl Rendered {
+    pub(super) fn new(bytes: u64) -> Self {
+        let weigh = |_: &[u8; 16], rendering: &Arc<Rendering>| {
+            let bytes: usize = rendering.docs.iter().map(|doc| doc.get().len() + 32).sum();
+            u32::try_from(bytes + size_of::<Rendering>()).unwrap_or(u32::MAX)
+        };
+        Self(Cache::builder().max_capacity(bytes).weigher(weigh).build())
+    }
+
+    /// The sightings of `seen`: those made before, if they were made from the same.
+    pub(super) fn get(
+        &self,
+        seen: Seen,
+        tenant: TenantId,
+        observable: &Observable,
+        tlp: Tlp,
+    ) -> Arc<[Arc<RawValue>]> {
+        let name = tenant.derive("rendered", &[observable.kind().as_bytes(), observable.value().as_bytes()]);
+        if let Some(rendering) = self.0.get(&name)
+            && Arc::ptr_eq(&rendering.vulnerabilities, &seen.vulnerabilities)
+            && rendering.ip == seen.ip
+            && rendering.details_page == seen.details_page
+        {
+            return Arc::clone(&rendering.docs);
+        }
+        let docs: Arc<[_]> = seen.render(tenant, observable, tlp).into();
+        let Seen { ip, details_page, vulnerabilities, asked_at: _ } = seen;
+        let rendering = Rendering { vulnerabilities, ip, details_page, docs: Arc::clone(&docs) };
+        self.0.insert(name, Arc::new(rendering));
+        docs
+    }
+}

@@ -1,0 +1,401 @@
+//! Redis, as the rest of the relay sees it: an operation that ends within its time or is
+//! [`Unavailable`]. It owns connections, their time-outs, the breaker and reconnection, for a single
+//! server, Sentinel and Cluster alike; it must not know what is stored.
+//!
+//! deadpool-redis makes the connections. Each checkout of it pings, which doubles the round trips,
+//! so the hot path uses a clone of one pooled multiplexed connection and gives it up only when it
+//! breaks. Blocking reads take a connection of their own from the pool.
+
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use deadpool_redis::{
+    Runtime,
+    cluster::ClusterConnection,
+    redis::{
+        Cmd, ErrorKind, Pipeline, RedisError, RedisFuture, RedisResult, ServerErrorKind, Value,
+        aio::{ConnectionLike, MultiplexedConnection},
+    },
+    sentinel,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use crate::{
+    flight::Flights,
+    metrics::{Metrics, Operation, RedisOutcome},
+};
+
+/// Settings `redis.*`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `redis.url`: where Redis is; several for Sentinel and Cluster.
+    pub urls: Vec<Url>,
+    /// `redis.mode`: what the URLs lead to.
+    pub mode: Mode,
+    /// `redis.master_name`: the name Sentinel knows the master by.
+    pub master_name: String,
+    /// `redis.timeout`: how long one operation may take.
+    pub timeout: Duration,
+}
+
+/// What `redis.url` leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// One server.
+    Single,
+    /// Sentinels, who know the master.
+    Sentinel,
+    /// Nodes of a cluster.
+    Cluster,
+}
+
+impl std::str::FromStr for Mode {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "single" => Ok(Self::Single),
+            "sentinel" => Ok(Self::Sentinel),
+            "cluster" => Ok(Self::Cluster),
+            _ => Err(()),
+        }
+    }
+}
+
+/// A `redis://` or `rediss://` URL. It may contain a password, so it shows itself nowhere.
+#[derive(Clone, Debug)]
+pub struct Url(Arc<SecretString>);
+
+impl std::str::FromStr for Url {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let scheme = text.starts_with("redis://") || text.starts_with("rediss://");
+        if scheme && deadpool_redis::redis::parse_redis_url(text).is_some() {
+            Ok(Self(Arc::new(text.to_owned().into())))
+        } else {
+            Err(())
+        }
+    }
+}
+
+/// The operation did not happen, or nobody knows whether it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("redis is not available")]
+pub struct Unavailable;
+
+/// Failures in a row that open the breaker.
+const FAILURES: u32 = 3;
+/// How long the breaker stays open: doubled with each failed probe up to the second.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a connection may take to come up.
+const CONNECT: Duration = Duration::from_secs(1);
+/// How often at most trouble with Redis is logged.
+const COMPLAINT: Duration = Duration::from_secs(60);
+/// Connections in the pool: the shared one, one for blocking reads, and room to replace them.
+const POOL: usize = 4;
+
+/// The connection to Redis; a cheap clone.
+#[derive(Clone)]
+pub struct Redis(Arc<Shared>);
+
+struct Shared {
+    pool: Pool,
+    timeout: Duration,
+    state: Mutex<State>,
+    connecting: Flights<(), Result<Link, Unavailable>>,
+    metrics: Metrics,
+}
+
+enum Pool {
+    Single(deadpool_redis::Pool),
+    Sentinel(sentinel::Pool),
+    Cluster(deadpool_redis::cluster::Pool),
+}
+
+/// A connection that many operations share.
+#[derive(Clone)]
+pub enum Link {
+    /// To one server.
+    Node(MultiplexedConnection),
+    /// To a cluster.
+    Cluster(ClusterConnection),
+}
+
+#[derive(Default)]
+struct State {
+    link: Option<Link>,
+    failures: u32,
+    pause: Duration,
+    /// No operation is tried before; one probe is let through at that time.
+    closed_until: Option<Instant>,
+    complained: Option<Instant>,
+    up: Option<bool>,
+}
+
+impl Redis {
+    /// A connection as `config` says; nothing is connected yet.
+    ///
+    /// # Errors
+    /// When the URLs do not fit the mode.
+    pub fn new(config: &Config, metrics: Metrics, tasks: TaskTracker) -> anyhow::Result<Self> {
+        let urls: Vec<String> = config.urls.iter().map(|url| url.0.expose_secret().to_owned()).collect();
+        let runtime = Some(Runtime::Tokio1);
+        let pool = match config.mode {
+            Mode::Single => {
+                let url = urls.into_iter().next().unwrap_or_default();
+                let pool = deadpool_redis::PoolConfig::new(POOL);
+                let config =
+                    deadpool_redis::Config { pool: Some(pool), ..deadpool_redis::Config::from_url(url) };
+                Pool::Single(config.create_pool(runtime)?)
+            }
+            Mode::Sentinel => {
+                let node = sentinel_node(urls.first().map(String::as_str).unwrap_or_default());
+                let mut config = sentinel::Config::from_urls(
+                    urls,
+                    config.master_name.clone(),
+                    sentinel::SentinelServerType::Master,
+                );
+                config.node_connection_info = node;
+                config.pool = Some(sentinel::PoolConfig::new(POOL));
+                Pool::Sentinel(config.create_pool(runtime)?)
+            }
+            Mode::Cluster => {
+                let mut config = deadpool_redis::cluster::Config::from_urls(urls);
+                config.pool = Some(deadpool_redis::cluster::PoolConfig::new(POOL));
+                Pool::Cluster(config.create_pool(runtime)?)
+            }
+        };
+        Ok(Self(Arc::new(Shared {
+            pool,
+            timeout: config.timeout,
+            state: Mutex::default(),
+            connecting: Flights::new(tasks),
+            metrics,
+        })))
+    }
+
+    /// Runs `operation` on the shared connection, within the time-out and behind the breaker.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when it failed, took too long, or was not tried.
+    pub async fn run<T, F>(
+        &self,
+        operation: Operation,
+        action: impl FnOnce(Link) -> F,
+    ) -> Result<T, Unavailable>
+    where
+        F: Future<Output = RedisResult<T>>,
+    {
+        let started = Instant::now();
+        let note = |outcome| self.0.metrics.redis(operation, outcome, started.elapsed().as_secs_f64());
+        if !self.may_try() {
+            note(RedisOutcome::Skipped);
+            return Err(Unavailable);
+        }
+        let whole = async { Ok(action(self.link().await?).await) };
+        match timeout(self.0.timeout, whole).await {
+            Ok(Ok(Ok(value))) => {
+                note(RedisOutcome::Ok);
+                self.succeeded();
+                Ok(value)
+            }
+            Ok(Ok(Err(error))) => {
+                note(if error.is_io_error() { RedisOutcome::Unreachable } else { RedisOutcome::Refused });
+                self.failed(Some(&error));
+                Err(Unavailable)
+            }
+            Ok(Err(Unavailable)) => {
+                note(RedisOutcome::Unreachable);
+                self.failed(None);
+                Err(Unavailable)
+            }
+            Err(_) => {
+                note(RedisOutcome::Timeout);
+                self.failed(None);
+                Err(Unavailable)
+            }
+        }
+    }
+
+    /// A connection of the caller's own, for reads that block.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when none can be made.
+    pub async fn own_link(&self) -> Result<Link, Unavailable> {
+        timeout(CONNECT, self.0.pool.connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
+            self.complain(Some(&error));
+            Unavailable
+        })
+    }
+
+    /// Whether the last operation that was tried worked.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.state().up == Some(true)
+    }
+
+    async fn link(&self) -> Result<Link, Unavailable> {
+        if let Some(link) = self.state().link.clone() {
+            return Ok(link);
+        }
+        // In a task of its own: connecting takes longer than an operation may, and the next
+        // operation finds what this one did not wait for.
+        let shared = Arc::clone(&self.0);
+        let connecting = self.0.connecting.join((), || async move {
+            let link = timeout(CONNECT, shared.pool.connect()).await.map_err(|_| Unavailable)?;
+            let this = Self(shared);
+            match link {
+                Ok(link) => {
+                    this.state().link = Some(link.clone());
+                    Ok(link)
+                }
+                Err(error) => {
+                    this.complain(Some(&error));
+                    Err(Unavailable)
+                }
+            }
+        });
+        connecting.await.unwrap_or(Err(Unavailable))
+    }
+
+    /// Whether the breaker lets an operation through. While it is open, one probe per pause is.
+    fn may_try(&self) -> bool {
+        let mut state = self.state();
+        match state.closed_until {
+            None => true,
+            Some(until) if Instant::now() < until => false,
+            Some(_) => {
+                state.closed_until = Some(Instant::now() + state.pause);
+                true
+            }
+        }
+    }
+
+    fn succeeded(&self) {
+        let mut state = self.state();
+        state.failures = 0;
+        state.pause = FIRST_PAUSE;
+        state.closed_until = None;
+        if state.up.replace(true) != Some(true) {
+            state.complained = None;
+            info!("redis answers");
+            self.0.metrics.redis_up(true);
+        }
+    }
+
+    fn failed(&self, error: Option<&RedisError>) {
+        // A server that cannot write (a replica after a fail-over, one out of memory) still reads.
+        let refused = error.is_some_and(|error| {
+            matches!(error.kind(), ErrorKind::Server(kind) if kind != ServerErrorKind::BusyLoading && kind != ServerErrorKind::ClusterDown)
+        });
+        let mut state = self.state();
+        let broken = error.is_some_and(|error| error.is_io_error() || error.is_unrecoverable_error());
+        let demoted = error.is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly));
+        if broken || demoted {
+            state.link = None;
+        }
+        if !refused {
+            state.failures = state.failures.saturating_add(1);
+            if state.failures >= FAILURES {
+                let pause = if state.pause.is_zero() { FIRST_PAUSE } else { state.pause };
+                state.pause = (pause * 2).min(LONGEST_PAUSE);
+                state.closed_until = Some(Instant::now() + pause);
+                if state.up.replace(false) != Some(false) {
+                    self.0.metrics.redis_up(false);
+                }
+            }
+        }
+        drop(state);
+        self.complain(error);
+    }
+
+    fn complain(&self, error: Option<&RedisError>) {
+        let mut state = self.state();
+        if state.complained.is_none_or(|last| last.elapsed() >= COMPLAINT) {
+            state.complained = Some(Instant::now());
+            // The error's class only: its text may quote a command.
+            let reason = error.map_or("no answer in time", |error| error.category());
+            warn!(reason, "redis is in trouble; the relay goes on without it");
+        }
+    }
+
+    /// Held for a few assignments; nothing in between can panic, so poison is ignored.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sentinels and the master share user and password, as in the URL.
+fn sentinel_node(url: &str) -> Option<sentinel::SentinelNodeConnectionInfo> {
+    let parsed = deadpool_redis::redis::parse_redis_url(url)?;
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let redis_connection_info = deadpool_redis::RedisConnectionInfo {
+        username: text(parsed.username()),
+        password: parsed.password().map(str::to_owned),
+        ..Default::default()
+    };
+    Some(sentinel::SentinelNodeConnectionInfo {
+        tls_mode: (parsed.scheme() == "rediss").then_some(sentinel::TlsMode::Secure),
+        redis_connection_info: Some(redis_connection_info),
+    })
+}
+
+impl Pool {
+    async fn connect(&self) -> RedisResult<Link> {
+        match self {
+            Self::Single(pool) => {
+                Ok(Link::Node(deadpool_redis::Connection::take(pool.get().await.map_err(inner)?)))
+            }
+            Self::Sentinel(pool) => {
+                Ok(Link::Node(sentinel::Connection::take(pool.get().await.map_err(inner)?)))
+            }
+            Self::Cluster(pool) => {
+                Ok(Link::Cluster(deadpool_redis::cluster::Connection::take(pool.get().await.map_err(inner)?)))
+            }
+        }
+    }
+}
+
+/// The Redis error behind a pool's.
+fn inner(error: deadpool_redis::PoolError) -> RedisError {
+    match error {
+        deadpool_redis::PoolError::Backend(error) => error,
+        _ => RedisError::from((ErrorKind::Io, "no connection from the pool")),
+    }
+}
+
+impl ConnectionLike for Link {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Node(link) => link.req_packed_command(cmd),
+            Self::Cluster(link) => link.req_packed_command(cmd),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Node(link) => link.req_packed_commands(pipeline, offset, count),
+            Self::Cluster(link) => link.req_packed_commands(pipeline, offset, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match self {
+            Self::Node(link) => link.get_db(),
+            Self::Cluster(link) => link.get_db(),
+        }
+    }
+}
