@@ -8,9 +8,9 @@ use tracing::{info, warn};
 
 use crate::{
     auth::Authenticator,
-    cache::Cached,
+    cache::{Cached, redis::RedisTier},
     clock::Clock,
-    cyberscan::Client,
+    cyberscan::{Breaker, Client},
     egress::Http,
     enrich::Enricher,
     http::{self, Relay},
@@ -45,14 +45,14 @@ pub async fn run(
         tasks.clone(),
     );
     let metrics = Metrics::new();
-    let redis = match &settings.redis {
-        Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
+    let shared = match &settings.redis {
+        Some(config) => Some(RedisTier::new(Redis::new(config, metrics.clone(), tasks.clone())?, clock)),
         None => None,
     };
-    let client = Client::new(settings.cyberscan, egress, clock, tasks.clone());
+    let client = Breaker::new(Client::new(settings.cyberscan, egress, clock, tasks.clone()));
     let background = CancellationToken::new();
     let cached =
-        Cached::new(client, settings.cache, redis, clock, metrics, tasks.clone(), background.clone());
+        Cached::new(client, settings.cache, shared, clock, metrics, tasks.clone(), background.clone());
     let enricher = Enricher::new(cached, settings.enrich);
     let service = http::service(&Relay::new(authenticator, enricher, &settings.http));
 

@@ -4,6 +4,7 @@
 //! question from CyberScan up to the listener, then what puts it all together.
 
 pub mod clock;
+pub mod chance;
 pub mod flight;
 pub mod metrics;
 pub mod redis_pool;

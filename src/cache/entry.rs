@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::Instant;
 
-use super::{Key, policy::Lifetime};
+use super::{policy::Lifetime, tier::Key};
 use crate::{
     metrics::{Rejection, Resource},
     tenant::TenantId,

@@ -15,7 +15,10 @@
 
 mod entry;
 pub mod policy;
-mod shared;
+pub mod redis;
+pub mod tier;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -36,15 +39,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     entry::{Codec, Entry, Kept},
     policy::{Freshness, Policy},
-    shared::{Claim, Event, Scope, Shared, Told, VersionClock, chance},
+    redis::RedisTier,
+    tier::{Claim, Event, Key, Name, Scope, SharedTier, Told, VersionClock},
 };
 use crate::{
+    chance::chance,
     clock::Clock,
     ctim::{DomainName, Subject},
     cyberscan::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, Record, Vulnerabilities},
     flight::Flights,
     metrics::{Flight, Metrics, Outcome, Resource, Tier},
-    redis_pool::{Redis, Unavailable},
+    redis_pool::Unavailable,
     tenant::TenantId,
 };
 
@@ -81,34 +86,14 @@ const TENANTS: u64 = 10_000;
 const FIRST_POLL: Duration = Duration::from_millis(20);
 const LONGEST_POLL: Duration = Duration::from_millis(200);
 
-/// What an answer is kept under.
-type Name = [u8; 16];
-
-/// The name of an answer, and what it is an answer to.
-#[derive(Clone, Debug)]
-struct Key {
-    resource: Resource,
-    tenant: TenantId,
-    /// Derived from the tenant, the resource and the subject.
-    name: Name,
-}
-
-impl Key {
-    fn new(tenant: TenantId, resource: Resource, subject: &str) -> Self {
-        use crate::metrics::Label;
-        let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
-        Self { resource, tenant, name }
-    }
-}
-
 /// A stage that answers from memory and Redis before it asks the `next` one; a cheap clone.
-pub struct Cached<P>(Arc<Inner<P>>);
+pub struct Cached<P, T = RedisTier>(Arc<Inner<P, T>>);
 
-struct Inner<P> {
+struct Inner<P, T> {
     next: P,
     config: Config,
     memory: Cache<Name, Kept>,
-    shared: Option<Shared>,
+    shared: Option<T>,
     /// Versions where there is no Redis.
     local_clock: VersionClock,
     codec: Codec,
@@ -139,7 +124,7 @@ struct Failure {
     pause: Duration,
 }
 
-impl<P> Clone for Cached<P> {
+impl<P, T> Clone for Cached<P, T> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
@@ -262,14 +247,14 @@ impl Expiry<Name, Kept> for Life {
     }
 }
 
-impl<P: CyberScan> Cached<P> {
-    /// A stage in front of `next`; `redis` is what replicas share, if they share anything. Its tasks are
+impl<P: CyberScan, T: SharedTier> Cached<P, T> {
+    /// A stage in front of `next`; `shared` is what replicas share, if they share anything. Its tasks are
     /// tracked by `tasks` and end with `shutdown`.
     #[must_use]
     pub fn new(
         next: P,
         config: Config,
-        redis: Option<Redis>,
+        shared: Option<T>,
         clock: Clock,
         metrics: Metrics,
         tasks: TaskTracker,
@@ -284,7 +269,7 @@ impl<P: CyberScan> Cached<P> {
                 .support_invalidation_closures()
                 .build(),
             codec: Codec::new(&config.encryption_keys),
-            shared: redis.map(|redis| Shared::new(redis, clock)),
+            shared,
             local_clock: VersionClock::new(clock),
             flights: Flights::new(tasks.clone()),
             failures: Cache::builder().max_capacity(FAILURES).time_to_live(2 * LONGEST_PAUSE).build(),
@@ -475,7 +460,7 @@ impl<P: CyberScan> Cached<P> {
                 let kept = self.keep(key, &entry, born);
                 if let Some(shared) = shared
                     && !K::policy(&self.0.config).life(lifetime).is_zero()
-                    && let Some(value) = self.0.codec.encode(&shared::binding(key), &entry)
+                    && let Some(value) = self.0.codec.encode(&binding(key), &entry)
                 {
                     let life = K::policy(&self.0.config).life(lifetime);
                     let key = key.clone();
@@ -502,7 +487,7 @@ impl<P: CyberScan> Cached<P> {
     /// Takes a value from Redis into memory; its age counts from when CyberScan was asked.
     fn adopt<K: Kind>(&self, key: &Key, value: &[u8]) -> Option<Kept> {
         let shared = self.0.shared.as_ref()?;
-        let entry = match self.0.codec.decode::<K>(&shared::binding(key), value) {
+        let entry = match self.0.codec.decode::<K>(&binding(key), value) {
             Ok(entry) => entry,
             Err(reason) => {
                 self.0.metrics.rejected(reason);
@@ -544,8 +529,8 @@ impl<P: CyberScan> Cached<P> {
     }
 
     fn remember_failure(&self, key: &Key, error: &Error) {
-        // A refused key is the tenant's affair, a lost task nobody's.
-        if matches!(error, Error::Unauthorized | Error::Lost) {
+        // A refused key is the tenant's affair, a host's rest the breaker's, a lost task nobody's.
+        if matches!(error, Error::Unauthorized | Error::Resting { .. } | Error::Lost) {
             return;
         }
         let failure = Failure::after(self.0.failures.get(&key.name), error.clone());
@@ -630,6 +615,11 @@ fn outcome(freshness: Freshness, negative: bool) -> Outcome {
     }
 }
 
+/// What a value is bound to when it is sealed: where it stands.
+fn binding(key: &Key) -> [u8; 16] {
+    key.name
+}
+
 /// The name of a tenant in Redis.
 fn label(tenant: TenantId) -> [u8; 16] {
     tenant.derive("label", &[])
@@ -655,7 +645,7 @@ impl Kept {
     }
 }
 
-impl<P: CyberScan> Cached<P> {
+impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// Forgets everything, on every replica.
     ///
     /// # Errors
@@ -712,8 +702,10 @@ impl<P: CyberScan> Cached<P> {
                 self.0.refused.invalidate(&tenant);
             }
             Err(error) => {
-                let failure = Failure::after(self.0.refused.get(&tenant), error.clone());
-                self.0.refused.insert(tenant, failure);
+                if !matches!(error, Error::Resting { .. }) {
+                    let failure = Failure::after(self.0.refused.get(&tenant), error.clone());
+                    self.0.refused.insert(tenant, failure);
+                }
                 if *error == Error::Unauthorized {
                     self.0.accepted.invalidate(&tenant);
                     self.drop_before(Scope::Tenant(label(tenant)), self.version_now());
@@ -750,7 +742,7 @@ impl<P: CyberScan> Cached<P> {
     }
 }
 
-impl<P: CyberScan> CyberScan for Cached<P> {
+impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
     /// A key counts as accepted for `auth.revalidate`. While CyberScan cannot be asked, one that was
     /// accepted before goes on being served from what is kept.
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {

@@ -34,6 +34,12 @@ pub enum Error {
         /// The HTTP status.
         status: u16,
     },
+    /// CyberScan has failed so often that it is left alone for a while.
+    #[error("CyberScan fails again and again, retry after {retry_after:?}")]
+    Resting {
+        /// When it is tried again.
+        retry_after: Duration,
+    },
     /// CyberScan did not answer in time.
     #[error("CyberScan did not answer within {after:?}")]
     TimedOut {

@@ -1,6 +1,7 @@
 //! CyberScan, as the rest of the relay sees it: one port ([`CyberScan`]) that the HTTP client and
 //! every stage in front of it implement, the records it answers with and the errors it can give.
 
+pub mod breaker;
 pub mod client;
 pub mod error;
 pub mod model;
@@ -12,6 +13,7 @@ use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
+pub use breaker::Breaker;
 pub use client::{Client, Config};
 pub use error::Error;
 pub use model::{DomainRecord, Finding, HostRecord, Vulnerabilities};

@@ -158,6 +158,13 @@ impl From<Error> for ErrorItem {
                 "service unavailable",
                 format!("CyberScan is unavailable: it answered with HTTP status {status}. Try again later."),
             ),
+            Error::Resting { retry_after } => fatal(
+                "service unavailable",
+                format!(
+                    "CyberScan is unavailable: it has failed again and again and is left alone for {}.",
+                    seconds(retry_after)
+                ),
+            ),
             Error::TimedOut { after } => {
                 fatal("request timeout", format!("CyberScan did not answer within {}.", seconds(after)))
             }

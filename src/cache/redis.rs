@@ -13,7 +13,7 @@ use std::{
     fmt::Write,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -26,8 +26,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Key, Name, entry::version_text};
+use super::{
+    entry::version_text,
+    tier::{Claim, Event, Key, Name, Scope, SharedTier, Told, VersionClock},
+};
 use crate::{
+    chance::chance,
     clock::Clock,
     cyberscan::Error,
     metrics::Operation,
@@ -67,9 +71,9 @@ return newer and 0 or 1";
 const RELEASE: &str =
     r"if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
-/// The shared tier; a cheap clone.
+/// The tier in Redis; a cheap clone.
 #[derive(Clone)]
-pub(super) struct Shared(Arc<Inner>);
+pub struct RedisTier(Arc<Inner>);
 
 struct Inner {
     redis: Redis,
@@ -94,49 +98,10 @@ struct Pending {
     until: Instant,
 }
 
-/// What a look at the shared tier with the intent to fetch comes to.
-pub(super) enum Claim {
-    /// There is a newer value already.
-    Value(Vec<u8>),
-    /// The lock is ours; it has this owner.
-    Leader(String),
-    /// Another replica fetches; it tells when it is done.
-    Follower(oneshot::Receiver<Told>),
-}
-
-/// What another replica told about a fetch.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Told {
-    /// The value is there.
-    Stored,
-    /// There is none, for this reason.
-    Failed(Error),
-}
-
-/// Something that happened on another replica.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Event {
-    /// A newer value of this name is in Redis.
-    Stored { name: [u8; 16], version: u64 },
-    /// Nothing older than `version` may be served, of everyone or of one tenant.
-    Purged { scope: Scope, version: u64 },
-    /// CyberScan refuses this tenant's key.
-    Revoked { tenant: [u8; 16], version: u64 },
-    /// Events were missed: nothing kept from before can be relied on.
-    Missed,
-}
-
-/// What a purge is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Scope {
-    /// Everything.
-    All,
-    /// All answers of one tenant, by the name it has in Redis.
-    Tenant([u8; 16]),
-}
-
-impl Shared {
-    pub(super) fn new(redis: Redis, wall: Clock) -> Self {
+impl RedisTier {
+    /// The tier that `redis` leads to.
+    #[must_use]
+    pub fn new(redis: Redis, wall: Clock) -> Self {
         Self(Arc::new(Inner {
             redis,
             replica: uuid::Uuid::new_v4().simple().to_string(),
@@ -148,78 +113,6 @@ impl Shared {
             store: Script::new(STORE),
             release: Script::new(RELEASE),
         }))
-    }
-
-    /// The clock all replicas share, for versions.
-    pub(super) fn clock(&self) -> &VersionClock {
-        &self.0.clock
-    }
-
-    /// The values of `keys`, all in one round trip.
-    pub(super) async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Unavailable> {
-        let mut read = cmd("MGET");
-        for key in keys {
-            read.arg(value_key(key));
-        }
-        self.0.redis.run(Operation::Read, |mut link| async move { read.query_async(&mut link).await }).await
-    }
-
-    /// Looks for a value newer than `version` and, if there is none, tries to become the one who
-    /// fetches it, in one script.
-    pub(super) async fn claim(&self, key: &Key, version: u64, lease: Duration) -> Result<Claim, Unavailable> {
-        // Registered first, so that whatever is told after the look is heard.
-        let (teller, told) = oneshot::channel();
-        lock(&self.0.waiting).insert(key.name, teller);
-        let owner = format!("{}-{}", self.0.replica, self.0.fills.fetch_add(1, Ordering::Relaxed));
-        let script = &self.0.claim;
-        let owner_arg = owner.clone();
-        let outcome: Result<(u8, Vec<u8>), Unavailable> = self
-            .0
-            .redis
-            .run(Operation::Claim, |mut link| async move {
-                script
-                    .key(value_key(key))
-                    .key(lock_key(key))
-                    .arg(owner_arg)
-                    .arg(millis(lease))
-                    .arg(version_text(version))
-                    .invoke_async(&mut link)
-                    .await
-            })
-            .await;
-        let claim = match outcome? {
-            (1, value) => Claim::Value(value),
-            (2, _) => Claim::Leader(owner),
-            _ => return Ok(Claim::Follower(told)),
-        };
-        lock(&self.0.waiting).remove(&key.name);
-        Ok(claim)
-    }
-
-    /// Writes a value unless a newer one is there, gives the lock back and tells the others. If Redis
-    /// cannot be reached the value is written when it comes back.
-    pub(super) async fn store(
-        &self,
-        key: &Key,
-        value: Vec<u8>,
-        version: u64,
-        life: Duration,
-        owner: Option<String>,
-    ) {
-        let until = Instant::now() + life;
-        if self.write(key, &value, version, life, owner.unwrap_or_default()).await.is_err() {
-            let mut pending = lock(&self.0.pending);
-            if pending.len() >= PENDING
-                && let Some(oldest) =
-                    pending.iter().min_by_key(|(_, write)| write.version).map(|(name, _)| *name)
-            {
-                pending.remove(&oldest);
-            }
-            let newest = pending.get(&key.name).is_none_or(|present| present.version < version);
-            if newest {
-                pending.insert(key.name, Pending { key: key.clone(), value, version, until });
-            }
-        }
     }
 
     async fn write(
@@ -252,75 +145,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Gives the lock back without a value and tells the others why, where they would fare no better.
-    pub(super) async fn release(&self, key: &Key, owner: String, error: &Error) {
-        let script = &self.0.release;
-        let mut told = failure_code(error).map(|(code, number)| {
-            let mut event = self.event("fail", &hex(&key.name), number);
-            event.arg("e").arg(code);
-            event
-        });
-        let _ = self
-            .0
-            .redis
-            .run(Operation::Release, |mut link| async move {
-                let _: u8 = script.key(lock_key(key)).arg(owner).invoke_async(&mut link).await?;
-                match &mut told {
-                    Some(told) => told.query_async::<String>(&mut link).await.map(drop),
-                    None => Ok(()),
-                }
-            })
-            .await;
-    }
-
-    /// Tells all replicas, also those that are cut off now, that nothing older than now may be served.
-    pub(super) async fn purge(&self, scope: Scope) -> Result<u64, Unavailable> {
-        let version = self.0.clock.now();
-        let name = scope_text(scope);
-        let told = self.event("purge", &name, version);
-        self.0
-            .redis
-            .run(Operation::Events, |mut link| async move {
-                let _: i64 = cmd("HSET").arg(PURGED).arg(name).arg(version).query_async(&mut link).await?;
-                told.query_async::<String>(&mut link).await
-            })
-            .await?;
-        Ok(version)
-    }
-
-    /// Tells all replicas that CyberScan refuses a tenant's key.
-    pub(super) async fn revoke(&self, tenant: [u8; 16]) {
-        let told = self.event("revoke", &hex(&tenant), self.0.clock.now());
-        let told = self
-            .0
-            .redis
-            .run(Operation::Events, |mut link| async move { told.query_async::<String>(&mut link).await });
-        let _ = told.await;
-    }
-
     fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
         let mut event = cmd("XADD");
         event.arg(STREAM).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
         event.arg("o").arg(&self.0.replica).arg("t").arg(kind).arg("k").arg(name).arg("v").arg(number);
         event
-    }
-
-    /// Follows the stream until `shutdown`: wakes who waits, and has `hear` told of everything else.
-    pub(super) async fn follow(self, shutdown: CancellationToken, hear: impl Fn(Event) + Send) {
-        let mut cursor: Option<String> = None;
-        let mut pause = Duration::from_millis(50);
-        let following = async {
-            loop {
-                match self.follow_once(&mut cursor, &hear).await {
-                    Ok(never) => match never {},
-                    Err(lived) if lived > LONGEST_PAUSE => pause = Duration::from_millis(50),
-                    Err(_) => {}
-                }
-                sleep(pause.mul_f64(0.75 + 0.5 * chance())).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            }
-        };
-        let _: Option<std::convert::Infallible> = Box::pin(shutdown.run_until_cancelled(following)).await;
     }
 
     /// Follows the stream on one connection; ends with how long it worked.
@@ -449,36 +278,124 @@ impl Shared {
     }
 }
 
-/// Microseconds on a clock that all replicas share: Redis's, as soon as it was read once. It runs with
-/// this process's monotonic clock, so a jump of the wall clock does not reach it.
-pub(super) struct VersionClock {
-    started: Instant,
-    /// What to add to the microseconds since `started`.
-    offset: AtomicI64,
-}
-
-impl VersionClock {
-    pub(super) fn new(wall: Clock) -> Self {
-        Self { started: Instant::now(), offset: AtomicI64::new(wall.now().as_microsecond()) }
+impl SharedTier for RedisTier {
+    fn clock(&self) -> &VersionClock {
+        &self.0.clock
     }
 
-    pub(super) fn now(&self) -> u64 {
-        let now = self.elapsed().saturating_add(self.offset.load(Ordering::Relaxed));
-        u64::try_from(now).unwrap_or(0)
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Unavailable> {
+        let mut read = cmd("MGET");
+        for key in keys {
+            read.arg(value_key(key));
+        }
+        self.0.redis.run(Operation::Read, |mut link| async move { read.query_async(&mut link).await }).await
     }
 
-    /// How long ago `version` was.
-    pub(super) fn age(&self, version: u64) -> Duration {
-        Duration::from_micros(self.now().saturating_sub(version))
+    async fn claim(&self, key: &Key, version: u64, lease: Duration) -> Result<Claim, Unavailable> {
+        // Registered first, so that whatever is told after the look is heard.
+        let (teller, told) = oneshot::channel();
+        lock(&self.0.waiting).insert(key.name, teller);
+        let owner = format!("{}-{}", self.0.replica, self.0.fills.fetch_add(1, Ordering::Relaxed));
+        let script = &self.0.claim;
+        let owner_arg = owner.clone();
+        let outcome: Result<(u8, Vec<u8>), Unavailable> = self
+            .0
+            .redis
+            .run(Operation::Claim, |mut link| async move {
+                script
+                    .key(value_key(key))
+                    .key(lock_key(key))
+                    .arg(owner_arg)
+                    .arg(millis(lease))
+                    .arg(version_text(version))
+                    .invoke_async(&mut link)
+                    .await
+            })
+            .await;
+        let claim = match outcome? {
+            (1, value) => Claim::Value(value),
+            (2, _) => Claim::Leader(owner),
+            _ => return Ok(Claim::Follower(told)),
+        };
+        lock(&self.0.waiting).remove(&key.name);
+        Ok(claim)
     }
 
-    fn set(&self, now: u64) {
-        let now = i64::try_from(now).unwrap_or(i64::MAX);
-        self.offset.store(now.saturating_sub(self.elapsed()), Ordering::Relaxed);
+    async fn store(&self, key: &Key, value: Vec<u8>, version: u64, life: Duration, owner: Option<String>) {
+        let until = Instant::now() + life;
+        if self.write(key, &value, version, life, owner.unwrap_or_default()).await.is_err() {
+            let mut pending = lock(&self.0.pending);
+            if pending.len() >= PENDING
+                && let Some(oldest) =
+                    pending.iter().min_by_key(|(_, write)| write.version).map(|(name, _)| *name)
+            {
+                pending.remove(&oldest);
+            }
+            let newest = pending.get(&key.name).is_none_or(|present| present.version < version);
+            if newest {
+                pending.insert(key.name, Pending { key: key.clone(), value, version, until });
+            }
+        }
     }
 
-    fn elapsed(&self) -> i64 {
-        i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX)
+    async fn release(&self, key: &Key, owner: String, error: &Error) {
+        let script = &self.0.release;
+        let mut told = failure_code(error).map(|(code, number)| {
+            let mut event = self.event("fail", &hex(&key.name), number);
+            event.arg("e").arg(code);
+            event
+        });
+        let _ = self
+            .0
+            .redis
+            .run(Operation::Release, |mut link| async move {
+                let _: u8 = script.key(lock_key(key)).arg(owner).invoke_async(&mut link).await?;
+                match &mut told {
+                    Some(told) => told.query_async::<String>(&mut link).await.map(drop),
+                    None => Ok(()),
+                }
+            })
+            .await;
+    }
+
+    async fn purge(&self, scope: Scope) -> Result<u64, Unavailable> {
+        let version = self.0.clock.now();
+        let name = scope_text(scope);
+        let told = self.event("purge", &name, version);
+        self.0
+            .redis
+            .run(Operation::Events, |mut link| async move {
+                let _: i64 = cmd("HSET").arg(PURGED).arg(name).arg(version).query_async(&mut link).await?;
+                told.query_async::<String>(&mut link).await
+            })
+            .await?;
+        Ok(version)
+    }
+
+    async fn revoke(&self, tenant: [u8; 16]) {
+        let told = self.event("revoke", &hex(&tenant), self.0.clock.now());
+        let told = self
+            .0
+            .redis
+            .run(Operation::Events, |mut link| async move { told.query_async::<String>(&mut link).await });
+        let _ = told.await;
+    }
+
+    async fn follow(self, shutdown: CancellationToken, hear: impl Fn(Event) + Send) {
+        let mut cursor: Option<String> = None;
+        let mut pause = Duration::from_millis(50);
+        let following = async {
+            loop {
+                match self.follow_once(&mut cursor, &hear).await {
+                    Ok(never) => match never {},
+                    Err(lived) if lived > LONGEST_PAUSE => pause = Duration::from_millis(50),
+                    Err(_) => {}
+                }
+                sleep(pause.mul_f64(0.75 + 0.5 * chance())).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        };
+        let _: Option<std::convert::Infallible> = Box::pin(shutdown.run_until_cancelled(following)).await;
     }
 }
 
@@ -512,7 +429,11 @@ fn failure_code(error: &Error) -> Option<(&'static str, u64)> {
         Error::Unavailable { status } => Some(("unavailable", u64::from(*status))),
         Error::TimedOut { after } => Some(("timed-out", millis(*after))),
         Error::Unexpected { .. } => Some(("unexpected", 0)),
-        Error::Unreachable { .. } | Error::Untrusted { .. } | Error::Unauthorized | Error::Lost => None,
+        Error::Unreachable { .. }
+        | Error::Untrusted { .. }
+        | Error::Unauthorized
+        | Error::Resting { .. }
+        | Error::Lost => None,
     }
 }
 
@@ -568,11 +489,6 @@ fn lock_key(key: &Key) -> String {
     format!("relay:1:{{{}}}:l", hex(&key.name))
 }
 
-/// What a value is bound to when it is sealed.
-pub(super) fn binding(key: &Key) -> Vec<u8> {
-    value_key(key).into_bytes()
-}
-
 fn scope_text(scope: Scope) -> String {
     match scope {
         Scope::All => "all".to_owned(),
@@ -598,12 +514,6 @@ fn unhex(text: &str) -> Option<[u8; 16]> {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
-}
-
-/// A number from 0 to 1; for spreading, not for secrets.
-pub(super) fn chance() -> f64 {
-    let (_, low) = uuid::Uuid::new_v4().as_u64_pair();
-    (low >> 11 & 0xffff_ffff) as f64 / f64::from(u32::MAX)
 }
 
 async fn bounded<T>(

@@ -1,0 +1,860 @@
+//! The stage in virtual time: a fake CyberScan behind it, a fake shared tier beside it, and as many
+//! replicas as a test wants. The suite at the end runs over every shared tier.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU32},
+    },
+};
+
+use futures_util::future::join_all;
+use tokio::{
+    sync::{Notify, oneshot},
+    time::advance,
+};
+
+use super::*;
+use crate::{
+    cyberscan::Breaker,
+    tenant::{ApiKey, Tenant},
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A CyberScan under the test's control.
+#[derive(Clone, Default)]
+struct Fake(Arc<FakeState>);
+
+#[derive(Default)]
+struct FakeState {
+    calls: AtomicU32,
+    authentications: AtomicU32,
+    latency: Mutex<Duration>,
+    failure: Mutex<Option<Error>>,
+    refused: AtomicBool,
+    unknown: AtomicBool,
+}
+
+impl Fake {
+    fn calls(&self) -> u32 {
+        self.0.calls.load(Ordering::Relaxed)
+    }
+
+    fn takes(&self, latency: Duration) {
+        *self.0.latency.lock().unwrap() = latency;
+    }
+
+    fn fails(&self, error: Option<Error>) {
+        *self.0.failure.lock().unwrap() = error;
+    }
+
+    async fn answer<T>(&self, record: T) -> Result<Answer<T>, Error> {
+        self.0.calls.fetch_add(1, Ordering::Relaxed);
+        let asked_at = jiff::Timestamp::UNIX_EPOCH;
+        let (latency, failure) = (*self.0.latency.lock().unwrap(), self.0.failure.lock().unwrap().clone());
+        sleep(latency).await;
+        match failure {
+            Some(error) => Err(error),
+            None if self.0.unknown.load(Ordering::Relaxed) => {
+                Ok(Answer { record: Record::Unknown, asked_at, stale: None })
+            }
+            None => Ok(Answer { record: Record::Known(Arc::new(record)), asked_at, stale: None }),
+        }
+    }
+}
+
+impl CyberScan for Fake {
+    async fn authenticate(&self, _: &Call) -> Result<Instant, Error> {
+        self.0.authentications.fetch_add(1, Ordering::Relaxed);
+        let latency = *self.0.latency.lock().unwrap();
+        sleep(latency).await;
+        if self.0.refused.load(Ordering::Relaxed) {
+            return Err(Error::Unauthorized);
+        }
+        let failure = self.0.failure.lock().unwrap().clone();
+        failure.map_or(Ok(Instant::now()), Err)
+    }
+
+    async fn domain(&self, _: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+        self.answer(DomainRecord { ip: Some(ip(1)), details_page: None }).await
+    }
+
+    async fn host(&self, _: &Call, _: IpAddr) -> Result<Answer<HostRecord>, Error> {
+        self.answer(HostRecord { details_page: Some(self.calls().to_string()) }).await
+    }
+
+    async fn vulnerabilities(&self, _: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+        self.answer(Vulnerabilities(Vec::new())).await
+    }
+}
+
+/// A shared tier in this process, with the promises of the real one.
+#[derive(Clone)]
+struct FakeTier {
+    world: Arc<World>,
+    replica: u32,
+    cut: Arc<AtomicBool>,
+    fills: Arc<AtomicU32>,
+    waiting: Arc<Mutex<HashMap<Name, oneshot::Sender<Told>>>>,
+}
+
+struct World {
+    clock: VersionClock,
+    state: Mutex<WorldState>,
+    changed: Notify,
+    replicas: AtomicU32,
+}
+
+#[derive(Default)]
+struct WorldState {
+    values: HashMap<Name, (u64, Vec<u8>, Instant)>,
+    locks: HashMap<Name, (String, Instant)>,
+    log: Vec<(u32, Happened)>,
+    reads: u32,
+}
+
+#[derive(Clone)]
+enum Happened {
+    Heard(Event),
+    Failed(Name, Error),
+}
+
+impl World {
+    fn new() -> Arc<Self> {
+        let clock = VersionClock::new(Clock::starting_at("2026-01-01T00:00:00Z".parse().unwrap()));
+        Arc::new(Self { clock, state: Mutex::default(), changed: Notify::new(), replicas: AtomicU32::new(0) })
+    }
+
+    fn replica(self: &Arc<Self>) -> FakeTier {
+        FakeTier {
+            world: Arc::clone(self),
+            replica: self.replicas.fetch_add(1, Ordering::Relaxed),
+            cut: Arc::default(),
+            fills: Arc::default(),
+            waiting: Arc::default(),
+        }
+    }
+}
+
+impl FakeTier {
+    fn state(&self) -> Result<std::sync::MutexGuard<'_, WorldState>, Unavailable> {
+        if self.cut.load(Ordering::Relaxed) { Err(Unavailable) } else { Ok(self.world.state.lock().unwrap()) }
+    }
+
+    fn tell(&self, state: &mut WorldState, happened: Happened) {
+        state.log.push((self.replica, happened));
+        self.world.changed.notify_waiters();
+    }
+}
+
+impl SharedTier for FakeTier {
+    fn clock(&self) -> &VersionClock {
+        &self.world.clock
+    }
+
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Unavailable> {
+        let mut state = self.state()?;
+        state.reads += 1;
+        let live = |key: &Key| {
+            state
+                .values
+                .get(&key.name)
+                .filter(|(_, _, until)| Instant::now() < *until)
+                .map(|(_, value, _)| value.clone())
+        };
+        Ok(keys.iter().map(live).collect())
+    }
+
+    async fn claim(&self, key: &Key, version: u64, lease: Duration) -> Result<Claim, Unavailable> {
+        let (teller, told) = oneshot::channel();
+        self.waiting.lock().unwrap().insert(key.name, teller);
+        let mut state = self.state()?;
+        let now = Instant::now();
+        if let Some((present, value, until)) = state.values.get(&key.name)
+            && *present > version
+            && now < *until
+        {
+            return Ok(Claim::Value(value.clone()));
+        }
+        if state.locks.get(&key.name).is_some_and(|(_, until)| now < *until) {
+            return Ok(Claim::Follower(told));
+        }
+        let owner = format!("{}-{}", self.replica, self.fills.fetch_add(1, Ordering::Relaxed));
+        state.locks.insert(key.name, (owner.clone(), now + lease));
+        Ok(Claim::Leader(owner))
+    }
+
+    async fn store(&self, key: &Key, value: Vec<u8>, version: u64, life: Duration, owner: Option<String>) {
+        let Ok(mut state) = self.state() else { return };
+        if state.values.get(&key.name).is_none_or(|(present, _, _)| *present <= version) {
+            state.values.insert(key.name, (version, value, Instant::now() + life));
+        }
+        if owner.is_some() && state.locks.get(&key.name).map(|(owner, _)| owner.clone()) == owner {
+            state.locks.remove(&key.name);
+        }
+        self.tell(&mut state, Happened::Heard(Event::Stored { name: key.name, version }));
+    }
+
+    async fn release(&self, key: &Key, owner: String, error: &Error) {
+        let Ok(mut state) = self.state() else { return };
+        if state.locks.get(&key.name).is_some_and(|(holder, _)| *holder == owner) {
+            state.locks.remove(&key.name);
+        }
+        self.tell(&mut state, Happened::Failed(key.name, error.clone()));
+    }
+
+    async fn purge(&self, scope: Scope) -> Result<u64, Unavailable> {
+        let version = self.world.clock.now();
+        let mut state = self.state()?;
+        self.tell(&mut state, Happened::Heard(Event::Purged { scope, version }));
+        Ok(version)
+    }
+
+    async fn revoke(&self, tenant: Name) {
+        let version = self.world.clock.now();
+        if let Ok(mut state) = self.state() {
+            self.tell(&mut state, Happened::Heard(Event::Revoked { tenant, version }));
+        }
+    }
+
+    async fn follow(self, shutdown: CancellationToken, hear: impl Fn(Event) + Send + Sync + 'static) {
+        let mut cursor = 0;
+        let following = async {
+            loop {
+                let changed = self.world.changed.notified();
+                let news = match self.state() {
+                    Ok(state) => state.log.get(cursor..).unwrap_or_default().to_vec(),
+                    Err(Unavailable) => Vec::new(),
+                };
+                cursor += news.len();
+                for (origin, happened) in news {
+                    if origin == self.replica {
+                        continue;
+                    }
+                    let (name, told) = match happened {
+                        Happened::Heard(event) => {
+                            hear(event.clone());
+                            let Event::Stored { name, .. } = event else { continue };
+                            (name, Told::Stored)
+                        }
+                        Happened::Failed(name, error) => (name, Told::Failed(error)),
+                    };
+                    if let Some(teller) = self.waiting.lock().unwrap().remove(&name) {
+                        let _ = teller.send(told);
+                    }
+                }
+                let _ = timeout(SECOND / 20, changed).await;
+            }
+        };
+        let _: Option<()> = shutdown.run_until_cancelled(following).await;
+    }
+}
+
+type Stage = Cached<Breaker<Fake>, FakeTier>;
+
+fn config() -> Config {
+    let policy = Policy {
+        fresh: HOUR,
+        stale_while_revalidate: HOUR,
+        stale_if_error: 24 * HOUR,
+        negative: 5 * MINUTE,
+        refresh_ahead: 0.2,
+    };
+    Config {
+        memory: 64 << 20,
+        domain: policy,
+        host: policy,
+        vulnerabilities: policy,
+        soft_timeout: SECOND / 3,
+        fill_timeout: 15 * SECOND,
+        revalidate: 15 * MINUTE,
+        encryption_keys: vec![[7; 32]],
+    }
+}
+
+fn stage_with(fake: &Fake, config: Config, shared: Option<FakeTier>) -> Stage {
+    let clock = Clock::starting_at("2026-01-01T00:00:00Z".parse().unwrap());
+    Cached::new(
+        Breaker::new(fake.clone()),
+        config,
+        shared,
+        clock,
+        Metrics::new(),
+        TaskTracker::new(),
+        CancellationToken::new(),
+    )
+}
+
+fn stage(fake: &Fake) -> Stage {
+    stage_with(fake, config(), None)
+}
+
+fn ip(number: u32) -> IpAddr {
+    Ipv4Addr::from_bits(u32::from_be_bytes([198, 18, 0, 0]) + number).into()
+}
+
+fn call_of(key: &str, wait: Duration) -> Call {
+    let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
+    Call { tenant: Arc::new(tenant), deadline: Instant::now() + wait }
+}
+
+fn call() -> Call {
+    call_of("key", 20 * SECOND)
+}
+
+/// Lets background tasks run without moving the clock by anything that matters.
+async fn settle() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+fn down() -> Error {
+    Error::Unavailable { status: 503 }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_passes_through_every_state_of_its_life() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    let ask = async || stage.host(&call(), ip(1)).await;
+    ask().await.unwrap();
+    ask().await.unwrap();
+    assert_eq!(fake.calls(), 1, "fresh");
+
+    advance(55 * MINUTE).await;
+    ask().await.unwrap();
+    settle().await;
+    assert_eq!(fake.calls(), 2, "near its end: renewed in the background");
+    ask().await.unwrap();
+    assert_eq!(fake.calls(), 2);
+
+    advance(100 * MINUTE).await;
+    fake.takes(5 * SECOND);
+    let asked = Instant::now();
+    let answer = ask().await.unwrap();
+    assert_eq!(
+        (answer.stale, asked.elapsed()),
+        (None, Duration::ZERO),
+        "stale: at once, renewed in the background"
+    );
+    sleep(6 * SECOND).await;
+    assert_eq!(fake.calls(), 3);
+
+    advance(3 * HOUR).await;
+    fake.takes(Duration::ZERO);
+    ask().await.unwrap();
+    assert_eq!(fake.calls(), 4, "older: CyberScan is asked first");
+
+    advance(30 * HOUR).await;
+    fake.fails(Some(down()));
+    assert_eq!(ask().await.err(), Some(down()), "too old to be served");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stale_answer_stands_in_for_a_cyberscan_that_fails_or_is_slow() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    stage.host(&call(), ip(1)).await.unwrap();
+    advance(5 * HOUR).await;
+
+    fake.fails(Some(down()));
+    let answer = stage.host(&call(), ip(1)).await.unwrap();
+    assert!(answer.stale.unwrap() >= 5 * HOUR);
+    for _ in 0..10 {
+        assert!(stage.host(&call(), ip(1)).await.unwrap().stale.is_some());
+    }
+    assert_eq!(fake.calls(), 2, "it was asked again before its pause was over");
+
+    advance(MINUTE).await;
+    fake.fails(None);
+    fake.takes(5 * SECOND);
+    let asked = Instant::now();
+    assert!(stage.host(&call(), ip(1)).await.unwrap().stale.is_some());
+    assert!(asked.elapsed() <= SECOND / 2, "waited {:?}", asked.elapsed());
+    sleep(6 * SECOND).await;
+    assert_eq!(stage.host(&call(), ip(1)).await.unwrap().stale, None, "the slow answer was kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn not_known_is_kept_shortly_and_never_served_past_its_time() {
+    let fake = Fake::default();
+    fake.0.unknown.store(true, Ordering::Relaxed);
+    let stage = stage(&fake);
+    for _ in 0..5 {
+        assert_eq!(stage.host(&call(), ip(1)).await.unwrap().record, Record::Unknown);
+    }
+    assert_eq!(fake.calls(), 1);
+    advance(6 * MINUTE).await;
+    fake.fails(Some(down()));
+    assert_eq!(stage.host(&call(), ip(1)).await.err(), Some(down()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn errors_are_never_kept_as_answers_and_their_pause_grows() {
+    let fake = Fake::default();
+    fake.fails(Some(down()));
+    let stage = stage(&fake);
+    let mut asked_at = Vec::new();
+    let start = Instant::now();
+    while start.elapsed() < MINUTE {
+        let before = fake.calls();
+        assert_eq!(stage.host(&call(), ip(1)).await.err(), Some(down()));
+        if fake.calls() > before {
+            asked_at.push(start.elapsed());
+        }
+        advance(SECOND / 10).await;
+    }
+    assert!((5..=8).contains(&asked_at.len()), "{asked_at:?}");
+    let pauses: Vec<Duration> = asked_at.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(pauses.windows(2).all(|pair| pair[1] > pair[0]), "{pauses:?}");
+    fake.fails(None);
+    advance(MINUTE).await;
+    assert!(stage.host(&call(), ip(1)).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn impatient_callers_cost_one_call_and_the_patient_are_served() {
+    let fake = Fake::default();
+    fake.takes(SECOND * 3 / 10);
+    let stage = stage(&fake);
+    let callers = (0..10_000).map(|i| {
+        let (stage, patience) = (stage.clone(), if i % 10 == 0 { SECOND } else { SECOND / 5 });
+        async move { timeout(patience, stage.host(&call(), ip(1))).await }
+    });
+    let outcomes = join_all(callers).await;
+    assert_eq!(outcomes.iter().filter(|outcome| matches!(outcome, Ok(Ok(_)))).count(), 1_000);
+    assert_eq!(fake.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_reaches_all_who_wait_in_the_moment_it_happens() {
+    let fake = Fake::default();
+    fake.takes(SECOND);
+    fake.fails(Some(down()));
+    let stage = stage(&fake);
+    let asked = Instant::now();
+    let outcomes = join_all((0..1_000).map(|_| {
+        let stage = stage.clone();
+        async move { (stage.host(&call(), ip(1)).await.err(), asked.elapsed()) }
+    }))
+    .await;
+    assert!(
+        outcomes.iter().all(|(error, waited)| *error == Some(down()) && *waited <= SECOND + SECOND / 200)
+    );
+    assert_eq!(fake.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_that_hangs_is_given_up_and_can_be_asked_again() {
+    let fake = Fake::default();
+    fake.takes(HOUR);
+    let stage = stage(&fake);
+    let error = stage.host(&call_of("key", SECOND), ip(1)).await.err();
+    assert_eq!(error, Some(Error::TimedOut { after: SECOND }));
+    sleep(20 * SECOND).await;
+    fake.takes(Duration::ZERO);
+    assert!(stage.host(&call(), ip(1)).await.is_ok());
+    assert_eq!(fake.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_counts_as_accepted_for_its_time_and_a_refused_one_gets_nothing_old() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    for _ in 0..100 {
+        stage.authenticate(&call()).await.unwrap();
+    }
+    assert_eq!(fake.0.authentications.load(Ordering::Relaxed), 1);
+    stage.host(&call(), ip(1)).await.unwrap();
+
+    fake.0.refused.store(true, Ordering::Relaxed);
+    assert!(stage.authenticate(&call()).await.is_ok(), "within its time");
+    advance(15 * MINUTE).await;
+    assert_eq!(stage.authenticate(&call()).await.err(), Some(Error::Unauthorized));
+    // What was kept for it is gone, should the key ever come back.
+    fake.fails(Some(down()));
+    assert_eq!(stage.host(&call(), ip(1)).await.err(), Some(down()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_cyberscan_is_down_tenants_accepted_before_go_on_being_served() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    stage.authenticate(&call()).await.unwrap();
+    stage.host(&call(), ip(1)).await.unwrap();
+    fake.fails(Some(down()));
+    fake.takes(10 * SECOND);
+    for _ in 0..20 {
+        advance(HOUR).await;
+        let asked = Instant::now();
+        stage.authenticate(&call()).await.unwrap();
+        stage.host(&call(), ip(1)).await.unwrap();
+        assert!(asked.elapsed() < SECOND, "waited {:?}", asked.elapsed());
+    }
+    let stranger = call_of("stranger", 20 * SECOND);
+    assert!(stage.authenticate(&stranger).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn data_refused_for_a_key_is_never_answered_from_what_is_old() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    stage.host(&call(), ip(1)).await.unwrap();
+    advance(5 * HOUR).await;
+    fake.fails(Some(Error::Unauthorized));
+    assert_eq!(stage.host(&call(), ip(1)).await.err(), Some(Error::Unauthorized));
+}
+
+#[tokio::test(start_paused = true)]
+async fn tenants_share_nothing() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    for tenant in 0..50 {
+        for subject in 0..20 {
+            let call = call_of(&format!("key-{tenant}"), 20 * SECOND);
+            let record = stage.host(&call, ip(subject)).await.unwrap();
+            // Every answer of the fake carries its own number.
+            let number = (fake.calls() - 1).to_string();
+            assert_eq!(record.record.known().unwrap().details_page, Some(number));
+        }
+    }
+    assert_eq!(fake.calls(), 1_000);
+    stage.purge_tenant(call_of("key-7", SECOND).tenant.id()).await.unwrap();
+    for tenant in 0..50 {
+        stage.host(&call_of(&format!("key-{tenant}"), 20 * SECOND), ip(3)).await.unwrap();
+    }
+    assert_eq!(fake.calls(), 1_001, "a purge of one tenant took others along");
+}
+
+#[tokio::test]
+async fn memory_is_bounded_in_bytes() {
+    let fake = Fake::default();
+    let small = Config { memory: 100_000, ..config() };
+    let stage = stage_with(&fake, small, None);
+    for number in 0..5_000 {
+        stage.host(&call(), ip(number)).await.unwrap();
+    }
+    stage.0.memory.run_pending_tasks();
+    let size = stage.0.memory.weighted_size();
+    assert!(size <= 100_000, "{size} bytes");
+    assert!(stage.0.memory.entry_count() > 100);
+}
+
+#[tokio::test(start_paused = true)]
+async fn look_ups_are_counted_once_in_every_tier_they_reach() {
+    let (fake, world) = (Fake::default(), World::new());
+    let first = stage_with(&fake, config(), Some(world.replica()));
+    let second = stage_with(&fake, config(), Some(world.replica()));
+    first.host(&call(), ip(1)).await.unwrap();
+    settle().await;
+    second.announce(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], Purpose::References).await;
+    second.host(&call(), ip(1)).await.unwrap();
+    second.host(&call(), ip(1)).await.unwrap();
+    second.host(&call(), ip(2)).await.unwrap();
+    let counted = |tier, outcome| second.0.metrics.look_ups(Resource::Host, tier, outcome);
+    assert_eq!((counted(Tier::Memory, Outcome::Miss), counted(Tier::Memory, Outcome::Fresh)), (2, 1));
+    assert_eq!((counted(Tier::Redis, Outcome::Fresh), counted(Tier::Redis, Outcome::Miss)), (1, 1));
+    assert_eq!(counted(Tier::Upstream, Outcome::Fresh), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_call_serves_all_replicas_and_a_copy_gets_no_second_life() {
+    let (fake, world) = (Fake::default(), World::new());
+    fake.takes(SECOND);
+    let replicas: Vec<Stage> = (0..3).map(|_| stage_with(&fake, config(), Some(world.replica()))).collect();
+    let callers = (0..3_000).map(|i| {
+        let stage = replicas[i % 3].clone();
+        async move { stage.host(&call(), ip(1)).await }
+    });
+    assert!(join_all(callers).await.iter().all(Result::is_ok));
+    assert_eq!(fake.calls(), 1);
+
+    // A replica that comes later takes the copy over, with the age it has.
+    advance(50 * MINUTE).await;
+    let late = stage_with(&fake, config(), Some(world.replica()));
+    late.host(&call(), ip(1)).await.unwrap();
+    sleep(2 * SECOND).await;
+    assert_eq!(fake.calls(), 2, "near its end: renewed once");
+    for replica in &replicas {
+        replica.host(&call(), ip(1)).await.unwrap();
+    }
+    sleep(2 * SECOND).await;
+    assert_eq!(fake.calls(), 2, "the others adopt what one has renewed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_is_told_to_replicas_that_wait_for_it() {
+    let (fake, world) = (Fake::default(), World::new());
+    fake.takes(SECOND);
+    fake.fails(Some(down()));
+    let replicas: Vec<Stage> = (0..3).map(|_| stage_with(&fake, config(), Some(world.replica()))).collect();
+    let outcomes = join_all((0..300).map(|i| {
+        let stage = replicas[i % 3].clone();
+        async move { stage.host(&call(), ip(1)).await.err() }
+    }))
+    .await;
+    assert!(outcomes.iter().all(|error| *error == Some(down())));
+    assert_eq!(fake.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_dies_while_it_fetches_costs_its_lease_and_nothing_else() {
+    let (fake, world) = (Fake::default(), World::new());
+    let dead = world.replica();
+    let key = Key::new(call().tenant.id(), Resource::Host, &ip(1).to_string());
+    assert!(matches!(dead.claim(&key, 0, 16 * SECOND).await, Ok(Claim::Leader(_))));
+    let alive = stage_with(&fake, Config { fill_timeout: 18 * SECOND, ..config() }, Some(world.replica()));
+    let asked = Instant::now();
+    assert!(alive.host(&call(), ip(1)).await.is_ok());
+    assert!(asked.elapsed() >= 16 * SECOND && asked.elapsed() <= 17 * SECOND, "waited {:?}", asked.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_purge_reaches_every_replica_also_one_that_was_cut_off() {
+    let (fake, world) = (Fake::default(), World::new());
+    let tiers = [world.replica(), world.replica()];
+    let [one, two] = tiers.clone().map(|tier| stage_with(&fake, config(), Some(tier)));
+    for stage in [&one, &two] {
+        stage.host(&call(), ip(1)).await.unwrap();
+    }
+    settle().await;
+    assert_eq!(fake.calls(), 1);
+    one.purge_all().await.unwrap();
+    sleep(SECOND / 10).await;
+    two.host(&call(), ip(1)).await.unwrap();
+    assert_eq!(fake.calls(), 2, "the other replica, or Redis, still had the purged value");
+    settle().await;
+
+    tiers[1].cut.store(true, Ordering::Relaxed);
+    advance(30 * SECOND).await;
+    one.purge_all().await.unwrap();
+    tiers[1].cut.store(false, Ordering::Relaxed);
+    sleep(SECOND / 10).await;
+    let before = fake.calls();
+    two.host(&call(), ip(1)).await.unwrap();
+    assert_eq!(fake.calls(), before + 1, "a purged value was served after the replica was back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_that_began_before_a_purge_is_not_kept() {
+    let fake = Fake::default();
+    fake.takes(SECOND);
+    let stage = stage(&fake);
+    let (answer, ()) = tokio::join!(async { stage.host(&call(), ip(1)).await }, async {
+        sleep(SECOND / 2).await;
+        stage.purge_all().await.unwrap();
+    });
+    assert!(answer.is_ok());
+    stage.host(&call(), ip(1)).await.unwrap();
+    assert_eq!(fake.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revoked_key_is_forgotten_by_all_replicas() {
+    let (fake, world) = (Fake::default(), World::new());
+    let [one, two] = [(); 2].map(|()| stage_with(&fake, config(), Some(world.replica())));
+    for stage in [&one, &two] {
+        stage.authenticate(&call()).await.unwrap();
+        stage.host(&call(), ip(1)).await.unwrap();
+        settle().await;
+        advance(8 * MINUTE).await;
+    }
+    fake.0.refused.store(true, Ordering::Relaxed);
+    assert_eq!(one.authenticate(&call()).await.err(), Some(Error::Unauthorized), "16 minutes ago");
+    sleep(SECOND / 10).await;
+    assert_eq!(two.authenticate(&call()).await.err(), Some(Error::Unauthorized), "its own time was not over");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_shared_tier_the_stage_goes_on_alone() {
+    let (fake, world) = (Fake::default(), World::new());
+    let tier = world.replica();
+    let stage = stage_with(&fake, config(), Some(tier.clone()));
+    stage.host(&call(), ip(1)).await.unwrap();
+    tier.cut.store(true, Ordering::Relaxed);
+    stage.announce(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], Purpose::References).await;
+    stage.host(&call(), ip(1)).await.unwrap();
+    stage.host(&call(), ip(2)).await.unwrap();
+    assert_eq!(fake.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_announced_is_read_in_one_round_trip_and_domains_in_two() {
+    let (fake, world) = (Fake::default(), World::new());
+    let writer = stage_with(&fake, config(), Some(world.replica()));
+    let domains: Vec<Subject> =
+        (0..25).map(|i| Subject::Domain(DomainName::parse(&format!("n{i}.example")).unwrap())).collect();
+    let addresses: Vec<Subject> = (0..25).map(|i| Subject::Ip(ip(i))).collect();
+    for subject in domains.iter().chain(&addresses) {
+        match subject {
+            Subject::Domain(domain) => drop(writer.domain(&call(), domain).await.unwrap()),
+            Subject::Ip(ip) => drop(writer.vulnerabilities(&call(), *ip).await.unwrap()),
+        }
+    }
+    settle().await;
+    let reads = || world.state.lock().unwrap().reads;
+    for (subjects, round_trips) in [(&addresses, 1), (&domains, 2)] {
+        let reader = stage_with(&fake, config(), Some(world.replica()));
+        let before = reads();
+        reader.announce(&call(), subjects, Purpose::Sightings).await;
+        assert_eq!(reads() - before, round_trips);
+    }
+}
+
+/// Zipf with exponent `s` over `keys` ranks: the inverse of the cumulated weights.
+fn zipf(keys: u32, s: f64) -> impl FnMut(f64) -> u32 {
+    let mut sum = 0.0;
+    let cumulated: Vec<f64> = (1..=keys)
+        .map(|rank| {
+            sum += f64::from(rank).powf(-s);
+            sum
+        })
+        .collect();
+    move |chance| u32::try_from(cumulated.partition_point(|weight| *weight < chance * sum)).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_thousand_requests_cost_one_call_per_key_and_lifetime() {
+    let fake = Fake::default();
+    let policy = Policy {
+        stale_while_revalidate: Duration::ZERO,
+        stale_if_error: Duration::ZERO,
+        refresh_ahead: 0.0,
+        ..config().host
+    };
+    let stage = stage_with(&fake, Config { host: policy, ..config() }, None);
+    let (mut pick, mut seed, mut best) = (zipf(10_000, 0.9), 7_u64, 0_u32);
+    let mut live: HashMap<u32, Instant> = HashMap::new();
+    for _ in 0..100_000 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let key = pick((seed >> 11) as f64 / (1_u64 << 53) as f64);
+        let now = Instant::now();
+        if live.get(&key).is_none_or(|born| now - *born >= HOUR) {
+            live.insert(key, now);
+            best += 1;
+        }
+        stage.host(&call(), ip(key)).await.unwrap();
+        advance(SECOND / 10).await;
+    }
+    let over = f64::from(fake.calls()) / f64::from(best) - 1.0;
+    assert!(over.abs() <= 0.05, "{} calls, {best} keys and lifetimes", fake.calls());
+}
+
+#[tokio::test(start_paused = true)]
+async fn three_nodes_ride_out_a_slow_and_a_dead_source_without_an_error() {
+    // FusionCache's published scenario: 3 nodes, 1,000 keys, 100 concurrent callers, a lifetime of
+    // one minute, ten minutes of which the source is slow for two and down for three. With everything
+    // switched on it needs 10,000 calls; ten lifetimes of 1,000 keys are the least without staleness.
+    let (fake, world) = (Fake::default(), World::new());
+    let policy = Policy { fresh: MINUTE, stale_while_revalidate: Duration::ZERO, ..config().host };
+    let replicas: Vec<Stage> = (0..3)
+        .map(|_| stage_with(&fake, Config { host: policy, ..config() }, Some(world.replica())))
+        .collect();
+    let (start, mut errors, mut slowest) = (Instant::now(), 0, Duration::ZERO);
+    for step in 0_u32..600 {
+        match step {
+            0..120 => fake.takes(SECOND / 20),
+            120..240 => fake.takes(2 * SECOND),
+            240..420 => {
+                fake.takes(SECOND / 20);
+                fake.fails(Some(down()));
+            }
+            _ => fake.fails(None),
+        }
+        // Each second a sixtieth of the keys is asked for, by 100 callers at once, on all nodes.
+        let keys = (0..1_000).filter(|key| key % 60 == step % 60);
+        let callers = keys.flat_map(|key| {
+            replicas.iter().flat_map(move |stage| (0..33).map(move |_| (stage.clone(), key)))
+        });
+        let outcomes = join_all(callers.map(|(stage, key)| async move {
+            let asked = Instant::now();
+            let outcome = stage.host(&call(), ip(key)).await;
+            (outcome.is_err(), asked.elapsed())
+        }))
+        .await;
+        errors += outcomes.iter().filter(|(failed, _)| *failed).count();
+        if step >= 60 {
+            slowest = outcomes.iter().map(|(_, took)| *took).max().unwrap_or_default().max(slowest);
+        }
+        tokio::time::sleep_until(start + SECOND * (step + 1)).await;
+    }
+    assert_eq!(errors, 0);
+    assert!(fake.calls() <= 7_100, "{} calls", fake.calls());
+    assert!(slowest <= SECOND / 2, "someone waited {slowest:?}");
+}
+
+/// What every shared tier promises; `a` and `b` are two replicas on one world.
+async fn keeps_the_promises_of_a_shared_tier<T: SharedTier>(a: T, b: T) {
+    let shutdown = CancellationToken::new();
+    let heard: Arc<Mutex<Vec<Event>>> = Arc::default();
+    let listener = {
+        let heard = Arc::clone(&heard);
+        TaskTracker::new()
+            .spawn(b.clone().follow(shutdown.clone(), move |event| heard.lock().unwrap().push(event)))
+    };
+    let wait = async || sleep(SECOND / 4).await;
+    wait().await;
+
+    let key = |subject: &str| Key::new(call().tenant.id(), Resource::Host, subject);
+    let (lease, life) = (2 * SECOND, HOUR);
+    let value =
+        |version: u64, text: &str| [b"R1", entry::version_text(version).as_bytes(), text.as_bytes()].concat();
+
+    // Nothing there: one leads, the other follows and is told.
+    assert_eq!(a.read(&[key("x"), key("y")]).await.unwrap(), [None, None]);
+    let Ok(Claim::Leader(owner)) = a.claim(&key("x"), 0, lease).await else { panic!("no leader") };
+    let Ok(Claim::Follower(told)) = b.claim(&key("x"), 0, lease).await else { panic!("two leaders") };
+    let version = a.clock().now();
+    a.store(&key("x"), value(version, "one"), version, life, Some(owner)).await;
+    assert_eq!(timeout(SECOND, told).await.unwrap().unwrap(), Told::Stored);
+    assert!(
+        matches!(b.claim(&key("x"), 0, lease).await, Ok(Claim::Value(found)) if found == value(version, "one"))
+    );
+    assert_eq!(b.read(&[key("y"), key("x")]).await.unwrap(), [None, Some(value(version, "one"))]);
+
+    // Something newer is wanted: the lock is free again.
+    let Ok(Claim::Leader(owner)) = b.claim(&key("x"), version, lease).await else {
+        panic!("the lock was kept")
+    };
+    // An older write does not replace a newer one.
+    a.store(&key("x"), value(version - 1, "old"), version - 1, life, None).await;
+    assert_eq!(a.read(&[key("x")]).await.unwrap(), [Some(value(version, "one"))]);
+    // A failure is told, and gives the lock back.
+    let Ok(Claim::Follower(_)) = a.claim(&key("x"), version, lease).await else { panic!("two leaders") };
+    b.release(&key("x"), owner, &down()).await;
+    assert!(matches!(a.claim(&key("x"), version, lease).await, Ok(Claim::Leader(_))));
+    // Nobody gives it back: it is lost after its lease.
+    assert!(matches!(b.claim(&key("x"), version, lease).await, Ok(Claim::Follower(_))));
+    sleep(lease + SECOND / 10).await;
+    assert!(matches!(b.claim(&key("x"), version, lease).await, Ok(Claim::Leader(_))));
+
+    // A life ends.
+    a.store(&key("z"), value(version, "short"), version, SECOND / 5, None).await;
+    sleep(SECOND / 2).await;
+    assert_eq!(a.read(&[key("z")]).await.unwrap(), [None]);
+
+    // Others hear of purges and revocations.
+    heard.lock().unwrap().clear();
+    let purged = a.purge(Scope::Tenant([1; 16])).await.unwrap();
+    a.revoke([2; 16]).await;
+    wait().await;
+    let heard = heard.lock().unwrap().clone();
+    assert!(heard.contains(&Event::Purged { scope: Scope::Tenant([1; 16]), version: purged }), "{heard:?}");
+    assert!(
+        heard.iter().any(|event| matches!(event, Event::Revoked { tenant, .. } if *tenant == [2; 16])),
+        "{heard:?}"
+    );
+
+    shutdown.cancel();
+    timeout(5 * SECOND, listener).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_fake_tier_keeps_the_promises_of_a_shared_tier() {
+    let world = World::new();
+    keeps_the_promises_of_a_shared_tier(world.replica(), world.replica()).await;
+}
