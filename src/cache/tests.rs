@@ -574,7 +574,7 @@ async fn one_call_serves_all_replicas_and_a_copy_gets_no_second_life() {
     assert_eq!(fake.calls(), 1);
 
     // A replica that comes later takes the copy over, with the age it has.
-    advance(50 * MINUTE).await;
+    advance(53 * MINUTE).await;
     let late = stage_with(&fake, config(), Some(world.replica()));
     late.host(&call(), ip(1)).await.unwrap();
     sleep(2 * SECOND).await;
