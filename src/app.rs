@@ -14,6 +14,7 @@ use crate::{
     egress::Http,
     enrich::Enricher,
     http::{self, Relay},
+    limiter::Limiter,
     metrics::Metrics,
     redis_pool::Redis,
     settings::Settings,
@@ -45,11 +46,13 @@ pub async fn run(
         tasks.clone(),
     );
     let metrics = Metrics::new();
-    let shared = match &settings.redis {
-        Some(config) => Some(RedisTier::new(Redis::new(config, metrics.clone(), tasks.clone())?, clock)),
+    let redis = match &settings.redis {
+        Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
         None => None,
     };
-    let client = Breaker::new(Client::new(settings.cyberscan, egress, clock, tasks.clone()));
+    let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
+    let limiter = Limiter::new(settings.limiter, redis, tasks.clone());
+    let client = Breaker::new(Client::new(settings.cyberscan, egress, limiter, clock, tasks.clone()));
     let background = CancellationToken::new();
     let cached =
         Cached::new(client, settings.cache, shared, clock, metrics, tasks.clone(), background.clone());

@@ -13,6 +13,7 @@ pub mod tenant;
 pub mod ctim;
 pub mod cyberscan;
 pub mod cache;
+pub mod limiter;
 pub mod auth;
 pub mod enrich;
 pub mod http;

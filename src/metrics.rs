@@ -118,6 +118,8 @@ labels!(
         Store => "store",
         /// Giving a lock back.
         Release => "release",
+        /// Taking calls from the fleet's quotas.
+        Quota => "quota",
         /// Telling and hearing of changes.
         Events => "events",
         /// Whether it is there.

@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     fmt::{self, Display},
     net::SocketAddr,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -20,7 +21,9 @@ use figment::{
 };
 use url::Url;
 
-use crate::{auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, redis_pool, telemetry};
+use crate::{
+    auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, limiter, redis_pool, telemetry,
+};
 
 /// The documented defaults are the defaults.
 const DEFAULTS: &str = include_str!("../config/default.toml");
@@ -42,6 +45,8 @@ pub struct Settings {
     pub http: http::Config,
     /// `cache.*`
     pub cache: cache::Config,
+    /// `limiter.*`
+    pub limiter: limiter::Config,
     /// `redis.*`, if there is one.
     pub redis: Option<redis_pool::Config>,
     /// `log.*`
@@ -153,6 +158,10 @@ const KEYS: &[Key] = &[
     key("cache.vulnerabilities.negative"),
     key("limiter.tenant"),
     key("limiter.fleet"),
+    key("limiter.fallback_share"),
+    key("limiter.reserve"),
+    key("limiter.queue"),
+    key("limiter.concurrency"),
     key("worker.enabled"),
 ];
 
@@ -259,6 +268,12 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let master_name = from.value("redis.master_name", "the name Sentinel knows the master by");
     let redis_timeout = from.duration("redis.timeout");
     let keys = from.list::<EncryptionKey>("redis.encryption_key", "32 bytes in hexadecimal");
+    let tenant_quota = from.list("limiter.tenant", WINDOWS);
+    let fleet_quota = from.list("limiter.fleet", WINDOWS);
+    let fallback_share = from.value("limiter.fallback_share", "a number from 0 to 1");
+    let reserve = from.value("limiter.reserve", "a number from 0 to 1");
+    let queue = from.value::<NonZeroUsize>("limiter.queue", COUNT);
+    let tenant_concurrency = from.value::<NonZeroUsize>("limiter.concurrency", COUNT);
     let format = from.value("log.format", "json or text");
     let level = from.value("log.level", "a level such as info, or filter directives");
     if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
@@ -302,6 +317,14 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 revalidate: revalidate?,
                 encryption_keys: keys?.into_iter().map(|EncryptionKey(key)| key).collect(),
             },
+            limiter: limiter::Config {
+                tenant: tenant_quota?,
+                fleet: fleet_quota?,
+                fallback_share: fallback_share.map(|Share(share)| share)?,
+                reserve: reserve.map(|Share(share)| share)?,
+                queue: queue?.get(),
+                concurrency: tenant_concurrency?.get(),
+            },
             redis: {
                 let (urls, mode, timeout) = (urls?, mode?, redis_timeout?);
                 let master_name = master_name?;
@@ -329,6 +352,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
 
 const COUNT: &str = "a number above 0";
 const SIZE: &str = "a size such as 64MiB, or a number of bytes";
+const WINDOWS: &str = "quotas such as 10/s, 600/m, 1000/h or 5000/d";
 const NETWORKS: &str = "networks such as 10.0.0.0/8";
 
 /// Reads values and collects what is wrong with them.

@@ -372,11 +372,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         version: u64,
     ) -> watch::Receiver<Option<Result<Filled, Error>>> {
         self.0.flights.start(key.name, || {
-            let (this, key, subject, tenant) =
-                (self.clone(), key.clone(), subject.clone(), Arc::clone(&call.tenant));
+            let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
+            let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
             async move {
                 let longest = this.0.config.fill_timeout;
-                let call = Call { tenant, deadline: Instant::now() + longest };
+                let call = Call { tenant, deadline: Instant::now() + longest, priority };
                 let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 match &outcome {
@@ -679,10 +679,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         }
         let after = deadline.saturating_duration_since(Instant::now());
         let joining = self.0.authentications.join(tenant, || {
-            let (this, tenant) = (self.clone(), Arc::clone(&call.tenant));
+            let (this, tenant, priority) = (self.clone(), Arc::clone(&call.tenant), call.priority);
             async move {
                 let longest = this.0.config.fill_timeout;
-                let call = Call { tenant, deadline: Instant::now() + longest };
+                let call = Call { tenant, deadline: Instant::now() + longest, priority };
                 let outcome = timeout(longest, this.0.next.authenticate(&call)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 this.note_authentication(call.tenant.id(), &outcome).await;

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::*;
 use crate::{
-    cyberscan::Breaker,
+    cyberscan::{Breaker, Priority},
     tenant::{ApiKey, Tenant},
 };
 
@@ -300,7 +300,7 @@ fn ip(number: u32) -> IpAddr {
 
 fn call_of(key: &str, wait: Duration) -> Call {
     let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
-    Call { tenant: Arc::new(tenant), deadline: Instant::now() + wait }
+    Call { tenant: Arc::new(tenant), deadline: Instant::now() + wait, priority: Priority::Interactive }
 }
 
 fn call() -> Call {

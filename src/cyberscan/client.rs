@@ -4,26 +4,32 @@
 //! Source: the API as its users know it (`POST token`, `GET domain/…`, `GET ip/…`,
 //! `GET vulnerabilities/ip/…` under `/api/v1/`).
 
-use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use jiff::{Timestamp, fmt::rfc2822};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Record, Vulnerabilities,
+    Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, Record,
+    Vulnerabilities,
     model::{Malformed, object},
     token::{AccessToken, AccessTokens},
 };
 use crate::{
+    chance::chance,
     clock::Clock,
     ctim::DomainName,
     egress::{self, HostPatterns, Http, Reply, Transport},
-    tenant::Tenant,
 };
 
 /// Settings `cyberscan.*`.
@@ -51,12 +57,27 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// What may stand unescaped in a path segment.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b':');
 
-/// The client; a cheap clone.
-#[derive(Clone)]
-pub struct Client(Arc<Shared>);
+/// How often a request that failed on its way is repeated at most, and how many of all requests may be
+/// repetitions, so that a host in trouble is not put into more.
+const REPETITIONS: u32 = 2;
+const BUDGET: f64 = 0.1;
+/// The longest pause before the first repetition; doubled for the next.
+const BACK_OFF: Duration = Duration::from_millis(100);
 
-struct Shared {
+/// The client; a cheap clone.
+pub struct Client<A>(Arc<Shared<A>>);
+
+impl<A> Clone for Client<A> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+struct Shared<A> {
     http: Http,
+    admission: A,
+    /// Repetitions that may be made; every request adds a tenth of one.
+    budget: Mutex<f64>,
     tokens: AccessTokens,
     clock: Clock,
     config: Config,
@@ -70,35 +91,36 @@ struct Request {
     path: String,
     json: Option<Bytes>,
     limit: usize,
-    deadline: Instant,
 }
 
-impl Client {
-    /// A client that calls through `http`; its token calls are tracked by `tasks`.
+impl<A: Admission> Client<A> {
+    /// A client that calls through `http` when `admission` lets it; its token calls are tracked by `tasks`.
     #[must_use]
-    pub fn new(config: Config, http: Http, clock: Clock, tasks: TaskTracker) -> Self {
+    pub fn new(config: Config, http: Http, admission: A, clock: Clock, tasks: TaskTracker) -> Self {
         let pages = config.hosts.with_domain("cyberscan.io");
-        Self(Arc::new(Shared { http, tokens: AccessTokens::new(clock, tasks), clock, config, pages }))
+        Self(Arc::new(Shared {
+            http,
+            admission,
+            budget: Mutex::new(REPETITIONS.into()),
+            tokens: AccessTokens::new(clock, tasks),
+            clock,
+            config,
+            pages,
+        }))
     }
 
     /// Asks `GET /api/v1/<path>` with the tenant's token; a refused token is replaced once.
     async fn get(&self, call: &Call, path: String, expected: &'static str) -> Result<Fetched, Error> {
-        let request = Request {
-            method: Method::GET,
-            path,
-            json: None,
-            limit: BODY,
-            deadline: call.deadline.min(Instant::now() + self.0.config.timeout),
-        };
-        let (tenant, tokens) = (&call.tenant, &self.0.tokens);
-        let fetch = || self.clone().fetch_token(Arc::clone(tenant));
+        let request = Request { method: Method::GET, path, json: None, limit: BODY };
+        let (tenant, tokens) = (call.tenant.id(), &self.0.tokens);
+        let fetch = || self.clone().fetch_token(call.clone());
 
-        let token = within(call, tokens.get(tenant.id(), fetch)).await?;
+        let token = within(call, tokens.get(tenant, fetch)).await?;
         let asked_at = self.0.clock.now();
-        let mut reply = self.send(tenant, &request, Some(&token)).await?;
+        let mut reply = self.send_patiently(call, &request, &token).await?;
         if refused(&reply) {
-            let token = within(call, tokens.instead_of(&token, tenant.id(), fetch)).await?;
-            reply = self.send(tenant, &request, Some(&token)).await?;
+            let token = within(call, tokens.instead_of(&token, tenant, fetch)).await?;
+            reply = self.send(call, &request, Some(&token)).await?;
         }
         let body = match judge(&reply, expected, self.0.clock)? {
             StatusCode::NOT_FOUND => None,
@@ -107,8 +129,44 @@ impl Client {
         Ok(Fetched { body, asked_at, expected })
     }
 
+    /// Sends a request and, if it failed on its way or at a gateway, sends it again after a random pause:
+    /// asking twice changes nothing at CyberScan.
+    async fn send_patiently(
+        &self,
+        call: &Call,
+        request: &Request,
+        token: &AccessToken,
+    ) -> Result<Reply, Error> {
+        let mut repeated = 0;
+        loop {
+            let outcome = self.send(call, request, Some(token)).await;
+            let transient = match &outcome {
+                Ok(reply) => matches!(reply.status.as_u16(), 502..=504),
+                Err(error) => matches!(error, Error::Unreachable { .. }),
+            };
+            if !transient || repeated == REPETITIONS || call.priority == Priority::Prefetch {
+                return outcome;
+            }
+            let pause = BACK_OFF.saturating_mul(1 << repeated).mul_f64(chance());
+            if Instant::now() + pause >= call.deadline || !self.may_repeat() {
+                return outcome;
+            }
+            sleep(pause).await;
+            repeated += 1;
+        }
+    }
+
+    fn may_repeat(&self) -> bool {
+        let mut budget = self.0.budget.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = *budget >= 1.0;
+        if may {
+            *budget -= 1.0;
+        }
+        may
+    }
+
     /// Runs in a task of its own (see [`AccessTokens`]), hence with a deadline of its own.
-    async fn fetch_token(self, tenant: Arc<Tenant>) -> Result<String, Error> {
+    async fn fetch_token(self, call: Call) -> Result<String, Error> {
         const EXPECTED: &str = "an access token";
         #[derive(Serialize)]
         struct Key<'a> {
@@ -119,15 +177,16 @@ impl Client {
             access_token: String,
         }
         let unexpected = Error::Unexpected { expected: EXPECTED };
-        let key = Key { key: tenant.key().expose() };
+        let key = Key { key: call.tenant.key().expose() };
         let request = Request {
             method: Method::POST,
             path: "/api/v1/token".to_owned(),
             json: Some(serde_json::to_vec(&key).map_err(|_| unexpected.clone())?.into()),
             limit: TOKEN_BODY,
-            deadline: Instant::now() + self.0.config.timeout,
         };
-        let reply = self.send(&tenant, &request, None).await?;
+        // Others may wait for the token longer than the one who asked first.
+        let call = Call { deadline: Instant::now() + self.0.config.timeout, ..call };
+        let reply = self.send(&call, &request, None).await?;
         match judge(&reply, EXPECTED, self.0.clock)? {
             StatusCode::NOT_FOUND => Err(unexpected),
             _ => object::<Token>(&reply.body).map(|token| token.access_token).map_err(|Malformed| unexpected),
@@ -136,17 +195,24 @@ impl Client {
 
     async fn send(
         &self,
-        tenant: &Tenant,
+        call: &Call,
         request: &Request,
         token: Option<&AccessToken>,
     ) -> Result<Reply, Error> {
+        let tenant = &call.tenant;
         let mut headers = HeaderMap::new();
         headers.insert(header::USER_AGENT, USER_AGENT);
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         if let Some(token) = token {
             headers.insert(header::AUTHORIZATION, token.header()?);
         }
+        let _permit = self.0.admission.admit(call).await?;
+        {
+            let mut budget = self.0.budget.lock().unwrap_or_else(PoisonError::into_inner);
+            *budget = (*budget + BUDGET).min(10.0);
+        }
         let sent = Instant::now();
+        let deadline = call.deadline.min(sent + self.0.config.timeout);
         let outcome = self.0.http.send(egress::client::Call {
             method: request.method.clone(),
             host: tenant.host(),
@@ -154,16 +220,24 @@ impl Client {
             headers,
             json: request.json.clone(),
             limit: request.limit,
-            deadline: request.deadline,
+            deadline,
         });
-        outcome.await.map_err(|error| match error {
+        let outcome = outcome.await;
+        if let Ok(reply) = &outcome {
+            let pace = match reply.status {
+                StatusCode::TOO_MANY_REQUESTS => {
+                    Pace::TooFast { retry_after: retry_after(&reply.headers, self.0.clock) }
+                }
+                _ => Pace::Fine,
+            };
+            self.0.admission.answered(call, pace).await;
+        }
+        outcome.map_err(|error| match error {
             Transport::Refused | Transport::Unreachable => {
                 Error::Unreachable { url: format!("https://{}{}", tenant.host(), request.path) }
             }
             Transport::Untrusted(reason) => Error::Untrusted { reason: reason.0 },
-            Transport::TimedOut => {
-                Error::TimedOut { after: request.deadline.saturating_duration_since(sent) }
-            }
+            Transport::TimedOut => Error::TimedOut { after: deadline.saturating_duration_since(sent) },
             Transport::Broken => Error::Unexpected { expected: "a complete answer" },
             Transport::TooLarge => Error::Unexpected { expected: "an answer of at most 2 MiB" },
         })
@@ -190,9 +264,9 @@ impl Fetched {
     }
 }
 
-impl CyberScan for Client {
+impl<A: Admission> CyberScan for Client<A> {
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
-        let fetch = || self.clone().fetch_token(Arc::clone(&call.tenant));
+        let fetch = || self.clone().fetch_token(call.clone());
         let token = self.0.tokens.get_younger_than(self.0.config.revalidate, call.tenant.id(), fetch);
         Ok(within(call, token).await?.fetched())
     }

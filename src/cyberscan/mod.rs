@@ -81,6 +81,44 @@ pub struct Call {
     pub tenant: Arc<Tenant>,
     /// When an answer comes too late.
     pub deadline: Instant,
+    /// How urgent it is.
+    pub priority: Priority,
+}
+
+/// How urgent a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// Someone waits for it.
+    Interactive,
+    /// Nobody waits for it: it must not cost anyone else a call.
+    Prefetch,
+}
+
+/// Who decides when a request may go to CyberScan. The client asks before each one it sends, token calls
+/// and repetitions too.
+pub trait Admission: Send + Sync + 'static {
+    /// Leave to send one request; it is given back when dropped.
+    type Permit: Send;
+
+    /// Waits until a request may be sent.
+    ///
+    /// An error is [`Error::Throttled`] when that would be too late.
+    fn admit(&self, call: &Call) -> impl Future<Output = Result<Self::Permit, Error>> + Send;
+
+    /// Hears what CyberScan says to the pace.
+    fn answered(&self, call: &Call, pace: Pace) -> impl Future<Output = ()> + Send;
+}
+
+/// What CyberScan says to the pace of requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// It answered.
+    Fine,
+    /// It said 429.
+    TooFast {
+        /// When it wants to hear of us again, if it said so.
+        retry_after: Option<Duration>,
+    },
 }
 
 /// An answer of CyberScan.

@@ -28,7 +28,7 @@ use sighting::Seen;
 
 use crate::{
     ctim::{Observable, Reference, Subject, sighting::Tlp},
-    cyberscan::{Answer, Call, CyberScan, Error, Purpose, Record, Vulnerabilities},
+    cyberscan::{Answer, Call, CyberScan, Error, Priority, Purpose, Record, Vulnerabilities},
     tenant::Tenant,
 };
 
@@ -85,7 +85,9 @@ impl<P: CyberScan> Enricher<P> {
     /// # Errors
     /// Why it does not, or cannot be asked.
     pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
-        by(deadline, self.cyberscan.authenticate(&Call { tenant, deadline })).await.map(drop)
+        by(deadline, self.cyberscan.authenticate(&Call { tenant, deadline, priority: Priority::Interactive }))
+            .await
+            .map(drop)
     }
 
     /// The sightings of `observables`, as JSON, at most `limit` for each of them.
@@ -96,7 +98,7 @@ impl<P: CyberScan> Enricher<P> {
         limit: u32,
         deadline: Instant,
     ) -> Findings<Arc<RawValue>> {
-        let call = Call { tenant, deadline };
+        let call = Call { tenant, deadline, priority: Priority::Interactive };
         let asked = Asked::default();
         let look_ups =
             observables.iter().map(|observable| self.sightings(&call, &asked, observable, limit)).collect();
@@ -110,7 +112,7 @@ impl<P: CyberScan> Enricher<P> {
         observables: &[Observable],
         deadline: Instant,
     ) -> Findings<Reference> {
-        let call = Call { tenant, deadline };
+        let call = Call { tenant, deadline, priority: Priority::Interactive };
         let look_ups = observables.iter().map(|observable| self.reference(&call, observable)).collect();
         self.join(&call, observables, Purpose::References, look_ups).await
     }

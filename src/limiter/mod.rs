@@ -1,0 +1,407 @@
+//! How many calls may be made, and who makes them first. It owns quotas, waiting and pauses; it must
+//! not know what is asked or answered.
+//!
+//! Every request to CyberScan, token calls and repetitions too, takes a permit here first. Quotas hold
+//! for one tenant and for the fleet, in several windows at once. With Redis they are counted there, for
+//! all replicas; while it is away each replica keeps to a share of them, evenly spaced; without any
+//! Redis this process counts alone.
+//!
+//! Who cannot go at once waits in a queue per tenant, first come first served, and is woken when it is
+//! their turn; tenants take turns at what they share. Who could not be served in time is refused at
+//! once.
+
+pub mod quota;
+mod shared;
+
+use std::{
+    collections::VecDeque,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use governor::{DefaultDirectRateLimiter, Quota as Spacing, RateLimiter, clock::Clock as _};
+use moka::sync::Cache;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{Instant, sleep, timeout_at},
+};
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+use self::{
+    quota::{SlidingWindow, Window, micros},
+    shared::{Demand, Grant, SharedQuota},
+};
+use crate::{
+    cyberscan::{Admission, Call, Error, Pace, Priority},
+    redis_pool::{Redis, Unavailable},
+    tenant::TenantId,
+};
+
+/// Settings `limiter.*`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `limiter.tenant`: quotas of each tenant.
+    pub tenant: Vec<Window>,
+    /// `limiter.fleet`: quotas of all tenants together.
+    pub fleet: Vec<Window>,
+    /// `limiter.fallback_share`: the share of a quota that each replica keeps to while Redis is away.
+    pub fallback_share: f64,
+    /// `limiter.reserve`: the share of a quota that prefetching leaves to interactive calls.
+    pub reserve: f64,
+    /// `limiter.queue`: calls of one tenant that may wait.
+    pub queue: usize,
+    /// `limiter.concurrency`: calls of one tenant under way at once, on this replica.
+    pub concurrency: usize,
+}
+
+/// Calls asked for at once, at most: the fewer, the finer tenants take turns.
+const BATCH: u32 = 16;
+const SHARED_BATCH: u32 = 4;
+/// Tenants that are remembered, and how long without a call.
+const TENANTS: u64 = 10_000;
+const IDLE: Duration = Duration::from_secs(26 * 3600);
+/// The pause after a 429 that does not say how long; doubled with each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// The limiter; a cheap clone.
+#[derive(Clone)]
+pub struct Limiter(Arc<Inner>);
+
+struct Inner {
+    config: Config,
+    shared: Option<SharedQuota>,
+    fleet: Scope,
+    tenants: Cache<TenantId, Arc<Tenant>>,
+    /// Tenants take turns at the fleet's quota: the lock is fair.
+    turn: tokio::sync::Mutex<()>,
+    started: Instant,
+    tasks: TaskTracker,
+}
+
+/// The windows of a tenant or of the fleet, as this replica knows them.
+struct Scope {
+    windows: Vec<Window>,
+    /// Without Redis: all calls. With one that is away: those it has not been told of.
+    counted: Mutex<Vec<SlidingWindow>>,
+    /// While Redis is away: this replica's share, evenly spaced.
+    share: Vec<DefaultDirectRateLimiter>,
+}
+
+struct Tenant {
+    id: TenantId,
+    scope: Scope,
+    slots: Arc<Semaphore>,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<oneshot::Sender<()>>,
+    /// A task is serving the queue.
+    served: bool,
+    /// No call can be granted before.
+    next: Option<Instant>,
+    paused: Option<Instant>,
+    /// 429s in a row.
+    strikes: u32,
+}
+
+/// Leave to make one call. The tenant's slot is free again when it is dropped.
+pub struct Permit {
+    _slot: OwnedSemaphorePermit,
+}
+
+impl Limiter {
+    /// A limiter as `config` says; `redis` is where the fleet's quotas are counted.
+    #[must_use]
+    pub fn new(config: Config, redis: Option<Redis>, tasks: TaskTracker) -> Self {
+        let started = Instant::now();
+        Self(Arc::new(Inner {
+            fleet: Scope::new(&config.fleet, config.fallback_share),
+            shared: redis.map(SharedQuota::new),
+            tenants: Cache::builder().max_capacity(TENANTS).time_to_idle(IDLE).build(),
+            turn: tokio::sync::Mutex::new(()),
+            started,
+            tasks,
+            config,
+        }))
+    }
+
+    fn tenant(&self, id: TenantId) -> Arc<Tenant> {
+        self.0.tenants.get_with(id, || {
+            Arc::new(Tenant {
+                id,
+                scope: Scope::new(&self.0.config.tenant, self.0.config.fallback_share),
+                slots: Arc::new(Semaphore::new(self.0.config.concurrency)),
+                queue: Mutex::default(),
+            })
+        })
+    }
+
+    fn limited(&self) -> bool {
+        !(self.0.config.tenant.is_empty() && self.0.config.fleet.is_empty())
+    }
+
+    /// Waits for a turn in the tenant's queue, unless it would come too late.
+    async fn turn(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
+        let granted = {
+            let mut queue = lock(&tenant.queue);
+            queue.waiting.retain(|waiter| !waiter.is_closed());
+            let ahead = queue.waiting.len();
+            let wait = self.wait_behind(&queue, ahead);
+            if ahead >= self.0.config.queue || Instant::now() + wait > deadline {
+                return Err(Error::Throttled { retry_after: wait.max(FIRST_PAUSE) });
+            }
+            let (granter, granted) = oneshot::channel();
+            queue.waiting.push_back(granter);
+            if !std::mem::replace(&mut queue.served, true) {
+                let (this, tenant) = (self.clone(), Arc::clone(tenant));
+                self.0.tasks.spawn(async move { this.serve(&tenant).await });
+            }
+            granted
+        };
+        match timeout_at(deadline, granted).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Error::Lost),
+            Err(_) => {
+                let queue = lock(&tenant.queue);
+                Err(Error::Throttled { retry_after: self.wait_behind(&queue, 0).max(FIRST_PAUSE) })
+            }
+        }
+    }
+
+    /// The least time that must pass before someone with `ahead` others before them can go.
+    fn wait_behind(&self, queue: &Queue, ahead: usize) -> Duration {
+        let now = Instant::now();
+        let next = [queue.next, queue.paused].into_iter().flatten().max();
+        let until = next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now));
+        let windows = self.0.config.tenant.iter().chain(&self.0.config.fleet);
+        let whole = windows.map(|window| {
+            let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
+            window.per.saturating_mul(rounds)
+        });
+        until + whole.max().unwrap_or_default()
+    }
+
+    /// Grants calls to those who wait, in their order, until nobody does.
+    async fn serve(&self, tenant: &Tenant) {
+        loop {
+            let wanted = {
+                let mut queue = lock(&tenant.queue);
+                queue.waiting.retain(|waiter| !waiter.is_closed());
+                if queue.waiting.is_empty() {
+                    queue.served = false;
+                    return;
+                }
+                u32::try_from(queue.waiting.len()).unwrap_or(u32::MAX)
+            };
+            let grant = if self.0.fleet.windows.is_empty() {
+                self.take(tenant, wanted.min(BATCH), 0.0).await
+            } else {
+                let _turn = self.0.turn.lock().await;
+                self.take(tenant, wanted.min(SHARED_BATCH), 0.0).await
+            };
+            {
+                let mut queue = lock(&tenant.queue);
+                let mut left = grant.calls;
+                while left > 0
+                    && let Some(waiter) = queue.waiting.pop_front()
+                {
+                    // Who has left in the meantime leaves the call to the next one.
+                    left -= u32::from(waiter.send(()).is_ok());
+                }
+                queue.next =
+                    (grant.calls < wanted && !grant.wait.is_zero()).then(|| Instant::now() + grant.wait);
+                if grant.paused {
+                    queue.paused = Some(Instant::now() + grant.wait);
+                }
+            }
+            if grant.calls == 0 {
+                sleep(grant.wait.max(Duration::from_millis(1))).await;
+            }
+        }
+    }
+
+    /// Takes as many of `calls` as all windows allow.
+    async fn take(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
+        if let Some(pause) = tenant.paused() {
+            return Grant { calls: 0, wait: pause, paused: true, used: Vec::new() };
+        }
+        let Some(shared) = &self.0.shared else {
+            return self.take_here(tenant, calls, leave);
+        };
+        let (of_tenant, of_fleet) = (tenant.scope.owed(self.now()), self.0.fleet.owed(self.now()));
+        let demand = Demand { tenant: tenant.id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
+        match shared.take(&demand).await {
+            Ok(grant) => {
+                tenant.scope.settle(&of_tenant);
+                self.0.fleet.settle(&of_fleet);
+                grant
+            }
+            Err(Unavailable) => self.take_share(tenant, leave),
+        }
+    }
+
+    /// Without any Redis: this process counts alone.
+    fn take_here(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
+        let now = self.now();
+        let (mut own, mut all) = (tenant.scope.counted(now), self.0.fleet.counted(now));
+        let mut windows: Vec<&mut SlidingWindow> = own.iter_mut().chain(all.iter_mut()).collect();
+        let free = |window: &mut SlidingWindow| {
+            let limit = f64::from(window.window().limit.get());
+            window.available(now).saturating_sub((limit * leave) as u32)
+        };
+        let granted = windows.iter_mut().map(|window| free(window)).min().unwrap_or(calls).min(calls);
+        let mut wait = Duration::ZERO;
+        for window in &mut windows {
+            if granted > 0 {
+                window.take(now, granted);
+            }
+            wait = wait.max(window.wait(now));
+        }
+        let used = windows.iter_mut().map(|window| window.used(now)).collect();
+        Grant { calls: granted, wait, paused: false, used }
+    }
+
+    /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
+    /// that Redis can be told when it is back.
+    fn take_share(&self, tenant: &Tenant, leave: f64) -> Grant {
+        let scopes = [&tenant.scope, &self.0.fleet];
+        let mut wait = Duration::ZERO;
+        for limiter in scopes.iter().flat_map(|scope| &scope.share) {
+            if let Err(early) = limiter.check() {
+                wait = wait.max(early.wait_time_from(limiter.clock().now()));
+            }
+        }
+        // Prefetching can wait until the fleet counts together again.
+        let granted = wait.is_zero() && leave == 0.0;
+        let now = self.now();
+        for scope in scopes {
+            for window in scope.counted(now).iter_mut().filter(|_| granted) {
+                window.take(now, 1);
+            }
+        }
+        Grant { calls: u32::from(granted), wait, paused: false, used: Vec::new() }
+    }
+
+    fn now(&self) -> u64 {
+        // A day ahead, so that the first parts of a day's window do not begin before nought.
+        micros(self.0.started.elapsed() + IDLE)
+    }
+}
+
+impl Admission for Limiter {
+    type Permit = Permit;
+
+    async fn admit(&self, call: &Call) -> Result<Permit, Error> {
+        let tenant = self.tenant(call.tenant.id());
+        let refused = |wait: Duration| Error::Throttled { retry_after: wait.max(FIRST_PAUSE) };
+        if let Some(pause) = tenant.paused()
+            && (call.priority == Priority::Prefetch || Instant::now() + pause > call.deadline)
+        {
+            return Err(refused(pause));
+        }
+        // The slot first: a call that has been granted should not wait any more.
+        let slots = Arc::clone(&tenant.slots);
+        let slot = match call.priority {
+            Priority::Prefetch => slots.try_acquire_owned().map_err(|_| refused(FIRST_PAUSE))?,
+            Priority::Interactive => match timeout_at(call.deadline, slots.acquire_owned()).await {
+                Ok(slot) => slot.map_err(|_| Error::Lost)?,
+                Err(_) => return Err(refused(FIRST_PAUSE)),
+            },
+        };
+        if self.limited() || self.0.shared.is_some() {
+            match call.priority {
+                Priority::Interactive => self.turn(&tenant, call.deadline).await?,
+                Priority::Prefetch => {
+                    let queued = !lock(&tenant.queue).waiting.is_empty();
+                    let grant =
+                        if queued { None } else { Some(self.take(&tenant, 1, self.0.config.reserve).await) };
+                    match grant {
+                        Some(Grant { calls: 1.., .. }) => {}
+                        Some(Grant { wait, .. }) => return Err(refused(wait)),
+                        None => return Err(refused(FIRST_PAUSE)),
+                    }
+                }
+            }
+        }
+        Ok(Permit { _slot: slot })
+    }
+
+    async fn answered(&self, call: &Call, pace: Pace) {
+        let tenant = self.tenant(call.tenant.id());
+        let pause = {
+            let mut queue = lock(&tenant.queue);
+            let Pace::TooFast { retry_after } = pace else {
+                queue.strikes = 0;
+                return;
+            };
+            let growing = FIRST_PAUSE.saturating_mul(1 << queue.strikes.min(6)).min(LONGEST_PAUSE);
+            queue.strikes = queue.strikes.saturating_add(1);
+            let pause = retry_after.unwrap_or(growing);
+            let until = Instant::now() + pause;
+            queue.paused = Some(queue.paused.map_or(until, |paused| paused.max(until)));
+            pause
+        };
+        warn!(?pause, "cyberscan asks for fewer calls; the tenant pauses");
+        if let Some(shared) = &self.0.shared {
+            shared.pause(tenant.id, pause).await;
+        }
+    }
+}
+
+impl Tenant {
+    /// How long CyberScan wants to be left alone.
+    fn paused(&self) -> Option<Duration> {
+        let left = lock(&self.queue).paused?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+}
+
+impl Scope {
+    fn new(windows: &[Window], share: f64) -> Self {
+        Self {
+            windows: windows.to_vec(),
+            counted: Mutex::default(),
+            share: windows.iter().map(|window| spaced(*window, share)).collect(),
+        }
+    }
+
+    fn counted(&self, now: u64) -> MutexGuard<'_, Vec<SlidingWindow>> {
+        let mut counted = lock(&self.counted);
+        if counted.is_empty() {
+            counted.extend(self.windows.iter().map(|window| SlidingWindow::new(*window, now)));
+        }
+        counted
+    }
+
+    /// The windows, each with the calls Redis has not been told of.
+    fn owed(&self, now: u64) -> Vec<(Window, u32)> {
+        let mut counted = self.counted(now);
+        self.windows.iter().copied().zip(counted.iter_mut().map(|window| window.used(now))).collect()
+    }
+
+    /// Redis has been told of them.
+    fn settle(&self, told: &[(Window, u32)]) {
+        if told.iter().any(|(_, calls)| *calls > 0) {
+            lock(&self.counted).clear();
+        }
+    }
+}
+
+/// A share of a window, evenly spaced: a hundredth of it at once, at least one call.
+fn spaced(window: Window, share: f64) -> DefaultDirectRateLimiter {
+    let calls = (f64::from(window.limit.get()) * share).max(f64::MIN_POSITIVE);
+    let one = Duration::try_from_secs_f64(window.per.as_secs_f64() / calls).unwrap_or(window.per);
+    let burst = NonZeroU32::new((calls / 100.0) as u32).unwrap_or(NonZeroU32::MIN);
+    let spacing = Spacing::with_period(one.max(Duration::from_nanos(1)))
+        .unwrap_or(Spacing::per_second(NonZeroU32::MIN));
+    RateLimiter::direct(spacing.allow_burst(burst))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

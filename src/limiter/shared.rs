@@ -1,0 +1,108 @@
+//! The quotas of the whole fleet, in Redis. It owns the keys and the script; it must not know who waits
+//! for a call, nor what happens while Redis is away.
+
+use std::{fmt::Write, time::Duration};
+
+use deadpool_redis::redis::{Script, cmd};
+
+use super::quota::{Window, micros};
+use crate::{
+    metrics::Operation,
+    redis_pool::{Redis, Unavailable},
+    tenant::TenantId,
+};
+
+/// Takes calls from windows that all replicas share.
+#[derive(Clone)]
+pub(super) struct SharedQuota {
+    redis: Redis,
+    script: Script,
+}
+
+/// What a request for calls came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Grant {
+    /// Calls that may be made now.
+    pub(super) calls: u32,
+    /// How long until the next one, if there are none left.
+    pub(super) wait: Duration,
+    /// CyberScan has asked for a pause.
+    pub(super) paused: bool,
+    /// Calls used in each window, in the order asked.
+    pub(super) used: Vec<u32>,
+}
+
+/// Windows of a tenant, then of the fleet, each with the calls made while Redis was away.
+pub(super) struct Demand<'a> {
+    pub(super) tenant: TenantId,
+    pub(super) of_tenant: &'a [(Window, u32)],
+    pub(super) of_fleet: &'a [(Window, u32)],
+    /// Calls wanted.
+    pub(super) calls: u32,
+    /// The share of each limit that is to be left over.
+    pub(super) leave: f64,
+}
+
+impl SharedQuota {
+    pub(super) fn new(redis: Redis) -> Self {
+        Self { redis, script: Script::new(include_str!("windows.lua")) }
+    }
+
+    /// Takes as many of the calls wanted as all windows allow, in one round trip.
+    pub(super) async fn take(&self, demand: &Demand<'_>) -> Result<Grant, Unavailable> {
+        let tenant = name(demand.tenant);
+        let mut invocation = self.script.key(pause_key(&tenant));
+        for (window, _) in demand.of_tenant {
+            invocation.key(format!("relay:1:{{lim}}:{tenant}:{}", window.per.as_secs()));
+        }
+        for (window, _) in demand.of_fleet {
+            invocation.key(format!("relay:1:{{lim}}:fleet:{}", window.per.as_secs()));
+        }
+        invocation.arg(demand.calls).arg(demand.leave);
+        for (window, elsewhere) in demand.of_tenant.iter().chain(demand.of_fleet) {
+            invocation.arg(window.limit.get()).arg(micros(window.per)).arg(*elsewhere);
+        }
+        let invocation = &invocation;
+        let answer: Vec<u64> = self
+            .redis
+            .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
+            .await?;
+        let (&[calls, wait, paused], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
+        Ok(Grant {
+            calls: u32::try_from(calls).unwrap_or(0),
+            wait: Duration::from_micros(wait),
+            paused: paused == 1,
+            used: windows.iter().step_by(2).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
+        })
+    }
+
+    /// Has all replicas leave the tenant's CyberScan alone for `pause`.
+    pub(super) async fn pause(&self, tenant: TenantId, pause: Duration) {
+        let key = pause_key(&name(tenant));
+        let millis = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX).max(1);
+        // A pause that is already longer stays.
+        let pausing = self.redis.run(Operation::Quota, |mut link| async move {
+            let mut set = cmd("SET");
+            set.arg(&key)
+                .arg("1")
+                .arg("PX")
+                .arg(millis)
+                .arg("NX")
+                .query_async::<Option<String>>(&mut link)
+                .await?;
+            cmd("PEXPIRE").arg(&key).arg(millis).arg("GT").query_async::<i64>(&mut link).await
+        });
+        let _ = pausing.await;
+    }
+}
+
+fn pause_key(tenant: &str) -> String {
+    format!("relay:1:{{lim}}:{tenant}:pause")
+}
+
+fn name(tenant: TenantId) -> String {
+    tenant.derive("limiter", &[]).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
