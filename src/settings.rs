@@ -122,6 +122,7 @@ const KEYS: &[Key] = &[
     key("auth.trusted_proxies"),
     key("cyberscan.hosts"),
     key("cyberscan.timeout"),
+    key("cyberscan.retries"),
     key("egress.allow_cidrs"),
     secret("egress.proxy"),
     key("egress.extra_ca_file"),
@@ -250,6 +251,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let trusted_proxies = from.list("auth.trusted_proxies", NETWORKS);
     let hosts = from.list::<egress::host::HostPattern>("cyberscan.hosts", "host names, *.domain or *");
     let timeout = from.duration("cyberscan.timeout");
+    let retries = from.value("cyberscan.retries", "a number");
     let allow_cidrs = from.list("egress.allow_cidrs", NETWORKS);
     let proxy = from.optional::<ProxyUrl>("egress.proxy", "a URL such as http://proxy.example:3128");
     let extra_ca_file = from.optional::<PathBuf>("egress.extra_ca_file", "the path of a file");
@@ -292,6 +294,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             cyberscan: cyberscan::Config {
                 hosts: hosts?.into_iter().collect(),
                 timeout: timeout?,
+                retries: retries?,
                 revalidate: revalidate?,
             },
             egress: egress::Config {

@@ -39,6 +39,8 @@ pub struct Config {
     pub hosts: HostPatterns,
     /// `cyberscan.timeout`: how long one call may take, from the first byte out to the last one in.
     pub timeout: Duration,
+    /// `cyberscan.retries`: how often a request that failed on its way is sent again at most.
+    pub retries: u32,
     /// `auth.revalidate`: how long a key counts as accepted without asking again.
     pub revalidate: Duration,
 }
@@ -57,9 +59,7 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// What may stand unescaped in a path segment.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b':');
 
-/// How often a request that failed on its way is repeated at most, and how many of all requests may be
-/// repetitions, so that a host in trouble is not put into more.
-const REPETITIONS: u32 = 2;
+/// The share of all requests that may be repetitions, so that a host in trouble is not put into more.
 const BUDGET: f64 = 0.1;
 /// The longest pause before the first repetition; doubled for the next.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -101,7 +101,7 @@ impl<A: Admission> Client<A> {
         Self(Arc::new(Shared {
             http,
             admission,
-            budget: Mutex::new(REPETITIONS.into()),
+            budget: Mutex::new(1.0),
             tokens: AccessTokens::new(clock, tasks),
             clock,
             config,
@@ -144,7 +144,7 @@ impl<A: Admission> Client<A> {
                 Ok(reply) => matches!(reply.status.as_u16(), 502..=504),
                 Err(error) => matches!(error, Error::Unreachable { .. }),
             };
-            if !transient || repeated == REPETITIONS || call.priority == Priority::Prefetch {
+            if !transient || repeated == self.0.config.retries || call.priority == Priority::Prefetch {
                 return outcome;
             }
             let pause = BACK_OFF.saturating_mul(1 << repeated).mul_f64(chance());
