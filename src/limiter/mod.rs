@@ -12,6 +12,8 @@
 
 pub mod quota;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::VecDeque,
@@ -97,9 +99,15 @@ struct Tenant {
     queue: Mutex<Queue>,
 }
 
+/// Someone who waits for a call.
+struct Waiter {
+    granter: oneshot::Sender<Result<(), Error>>,
+    deadline: Instant,
+}
+
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<oneshot::Sender<()>>,
+    waiting: VecDeque<Waiter>,
     /// A task is serving the queue.
     served: bool,
     /// No call can be granted before.
@@ -149,14 +157,14 @@ impl Limiter {
     async fn turn(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
         let granted = {
             let mut queue = lock(&tenant.queue);
-            queue.waiting.retain(|waiter| !waiter.is_closed());
+            queue.waiting.retain(|waiter| !waiter.granter.is_closed());
             let ahead = queue.waiting.len();
             let wait = self.wait_behind(&queue, ahead);
             if ahead >= self.0.config.queue || Instant::now() + wait > deadline {
                 return Err(Error::Throttled { retry_after: wait.max(FIRST_PAUSE) });
             }
             let (granter, granted) = oneshot::channel();
-            queue.waiting.push_back(granter);
+            queue.waiting.push_back(Waiter { granter, deadline });
             if !std::mem::replace(&mut queue.served, true) {
                 let (this, tenant) = (self.clone(), Arc::clone(tenant));
                 self.0.tasks.spawn(async move { this.serve(&tenant).await });
@@ -164,8 +172,7 @@ impl Limiter {
             granted
         };
         match timeout_at(deadline, granted).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Error::Lost),
+            Ok(outcome) => outcome.unwrap_or(Err(Error::Lost)),
             Err(_) => {
                 let queue = lock(&tenant.queue);
                 Err(Error::Throttled { retry_after: self.wait_behind(&queue, 0).max(FIRST_PAUSE) })
@@ -191,36 +198,60 @@ impl Limiter {
         loop {
             let wanted = {
                 let mut queue = lock(&tenant.queue);
-                queue.waiting.retain(|waiter| !waiter.is_closed());
+                queue.waiting.retain(|waiter| !waiter.granter.is_closed());
                 if queue.waiting.is_empty() {
                     queue.served = false;
                     return;
                 }
                 u32::try_from(queue.waiting.len()).unwrap_or(u32::MAX)
             };
-            let grant = if self.0.fleet.windows.is_empty() {
-                self.take(tenant, wanted.min(BATCH), 0.0).await
-            } else {
-                let _turn = self.0.turn.lock().await;
-                self.take(tenant, wanted.min(SHARED_BATCH), 0.0).await
-            };
-            {
-                let mut queue = lock(&tenant.queue);
-                let mut left = grant.calls;
-                while left > 0
-                    && let Some(waiter) = queue.waiting.pop_front()
-                {
-                    // Who has left in the meantime leaves the call to the next one.
-                    left -= u32::from(waiter.send(()).is_ok());
-                }
-                queue.next =
-                    (grant.calls < wanted && !grant.wait.is_zero()).then(|| Instant::now() + grant.wait);
-                if grant.paused {
-                    queue.paused = Some(Instant::now() + grant.wait);
-                }
-            }
+            let grant = self.take_in_turn(tenant, wanted).await;
+            self.hand_out(tenant, &grant);
             if grant.calls == 0 {
                 sleep(grant.wait.max(Duration::from_millis(1))).await;
+            }
+        }
+    }
+
+    /// Takes calls for who waits. Where the fleet has none left, the turn is kept until it has: then other
+    /// tenants have theirs, in the order they came.
+    async fn take_in_turn(&self, tenant: &Tenant, wanted: u32) -> Grant {
+        if self.0.fleet.windows.is_empty() {
+            return self.take(tenant, wanted.min(BATCH), 0.0).await;
+        }
+        let _turn = self.0.turn.lock().await;
+        loop {
+            let grant = self.take(tenant, wanted.min(SHARED_BATCH), 0.0).await;
+            if grant.calls > 0 || !grant.fleet_exhausted {
+                return grant;
+            }
+            self.hand_out(tenant, &grant);
+            sleep(grant.wait.max(Duration::from_millis(1))).await;
+        }
+    }
+
+    /// Wakes those a call was granted to, and those who could not be served in time any more.
+    fn hand_out(&self, tenant: &Tenant, grant: &Grant) {
+        let mut queue = lock(&tenant.queue);
+        let mut left = grant.calls;
+        while left > 0
+            && let Some(waiter) = queue.waiting.pop_front()
+        {
+            // Who has left in the meantime leaves the call to the next one.
+            left -= u32::from(waiter.granter.send(Ok(())).is_ok());
+        }
+        let now = Instant::now();
+        queue.next = (!grant.wait.is_zero()).then(|| now + grant.wait);
+        if grant.paused {
+            queue.paused = Some(now + grant.wait);
+        }
+        let waiting = std::mem::take(&mut queue.waiting);
+        for waiter in waiting {
+            let wait = self.wait_behind(&queue, queue.waiting.len());
+            if now + wait > waiter.deadline {
+                let _ = waiter.granter.send(Err(Error::Throttled { retry_after: wait.max(FIRST_PAUSE) }));
+            } else {
+                queue.waiting.push_back(waiter);
             }
         }
     }
@@ -228,7 +259,7 @@ impl Limiter {
     /// Takes as many of `calls` as all windows allow.
     async fn take(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
         if let Some(pause) = tenant.paused() {
-            return Grant { calls: 0, wait: pause, paused: true, used: Vec::new() };
+            return Grant { wait: pause, paused: true, ..Grant::default() };
         }
         let Some(shared) = &self.0.shared else {
             return self.take_here(tenant, calls, leave);
@@ -263,7 +294,8 @@ impl Limiter {
             wait = wait.max(window.wait(now));
         }
         let used = windows.iter_mut().map(|window| window.used(now)).collect();
-        Grant { calls: granted, wait, paused: false, used }
+        let fleet_exhausted = all.iter_mut().any(|window| window.available(now) == 0);
+        Grant { calls: granted, wait, paused: false, fleet_exhausted, used }
     }
 
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
@@ -284,7 +316,7 @@ impl Limiter {
                 window.take(now, 1);
             }
         }
-        Grant { calls: u32::from(granted), wait, paused: false, used: Vec::new() }
+        Grant { calls: u32::from(granted), wait, ..Grant::default() }
     }
 
     fn now(&self) -> u64 {

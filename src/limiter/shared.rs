@@ -20,7 +20,7 @@ pub(super) struct SharedQuota {
 }
 
 /// What a request for calls came to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Grant {
     /// Calls that may be made now.
     pub(super) calls: u32,
@@ -28,6 +28,8 @@ pub(super) struct Grant {
     pub(super) wait: Duration,
     /// CyberScan has asked for a pause.
     pub(super) paused: bool,
+    /// The fleet's quota has nothing left.
+    pub(super) fleet_exhausted: bool,
     /// Calls used in each window, in the order asked.
     pub(super) used: Vec<u32>,
 }
@@ -68,7 +70,10 @@ impl SharedQuota {
             .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await?;
         let (&[calls, wait, paused], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
+        let used_up = |window: &[u64]| window.first() >= window.get(1);
+        let of_fleet = windows.chunks(2).skip(demand.of_tenant.len());
         Ok(Grant {
+            fleet_exhausted: of_fleet.into_iter().any(used_up),
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             paused: paused == 1,
