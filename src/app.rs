@@ -57,7 +57,7 @@ pub async fn run(
     let cached =
         Cached::new(client, settings.cache, shared, clock, metrics, tasks.clone(), background.clone());
     let enricher = Enricher::new(cached, settings.enrich);
-    let service = http::service(&Relay::new(authenticator, enricher, &settings.http));
+    let service = http::service(&Relay::new(authenticator, enricher, clock, &settings.http));
 
     info!(listen = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "ready");
     http::server::serve(listener, service, settings.http.connections, shutdown).await;

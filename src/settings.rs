@@ -112,6 +112,7 @@ const KEYS: &[Key] = &[
     key("server.idle_timeout"),
     key("server.body_limit"),
     key("server.body_timeout"),
+    key("server.max_in_flight"),
     key("server.shutdown_timeout"),
     key("request.deadline"),
     key("request.concurrency"),
@@ -243,6 +244,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let body_limit = from.value("server.body_limit", SIZE);
     let body_timeout = from.duration("server.body_timeout");
     let shutdown_timeout = from.duration("server.shutdown_timeout");
+    let max_in_flight = from.value::<NonZeroUsize>("server.max_in_flight", COUNT);
     let deadline = from.duration("request.deadline");
     let concurrency = from.value("request.concurrency", COUNT);
     let audiences = from.list::<String>("auth.audiences", "URLs");
@@ -342,6 +344,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 },
                 body_limit: body_limit.map(|Size(bytes)| bytes)?,
                 body_timeout: body_timeout?,
+                max_in_flight: max_in_flight?.get(),
             },
             log: telemetry::Config { format: format?, level: level? },
             effective: std::mem::take(&mut from.effective),

@@ -46,7 +46,9 @@ use crate::{
     chance::chance,
     clock::Clock,
     ctim::{DomainName, Subject},
-    cyberscan::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, Record, Vulnerabilities},
+    cyberscan::{
+        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, QuotaUse, Record, Vulnerabilities,
+    },
     flight::Flights,
     metrics::{Flight, Metrics, Outcome, Resource, Tier},
     redis_pool::Unavailable,
@@ -783,6 +785,10 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
             });
             self.read_ahead(addresses.collect()).await;
         }
+    }
+
+    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
+        self.0.next.quotas(call).await
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {

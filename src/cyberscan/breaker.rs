@@ -17,7 +17,7 @@ use moka::sync::Cache;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, Vulnerabilities};
+use super::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, QuotaUse, Vulnerabilities};
 use crate::{
     chance::chance,
     ctim::{DomainName, Subject},
@@ -161,6 +161,10 @@ impl<P: CyberScan + Clone> CyberScan for Breaker<P> {
 
     async fn announce(&self, call: &Call, subjects: &[Subject], purpose: Purpose) {
         self.next.announce(call, subjects, purpose).await;
+    }
+
+    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
+        self.next.quotas(call).await
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {

@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, Record,
+    Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, QuotaUse, Record,
     Vulnerabilities,
     model::{Malformed, object},
     token::{AccessToken, AccessTokens},
@@ -269,6 +269,10 @@ impl<A: Admission> CyberScan for Client<A> {
         let fetch = || self.clone().fetch_token(call.clone());
         let token = self.0.tokens.get_younger_than(self.0.config.revalidate, call.tenant.id(), fetch);
         Ok(within(call, token).await?.fetched())
+    }
+
+    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
+        self.0.admission.quotas(call).await
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {

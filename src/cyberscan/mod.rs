@@ -59,6 +59,11 @@ pub trait CyberScan: Send + Sync + 'static {
         ip: IpAddr,
     ) -> impl Future<Output = Result<Answer<Vulnerabilities>, Error>> + Send;
 
+    /// How much of the tenant's quotas is used.
+    fn quotas(&self, _call: &Call) -> impl Future<Output = Vec<QuotaUse>> + Send {
+        std::future::ready(Vec::new())
+    }
+
     /// The record of an address, if it is at hand without asking anyone.
     fn known_host(&self, _call: &Call, _ip: IpAddr) -> Option<Arc<HostRecord>> {
         None
@@ -107,6 +112,22 @@ pub trait Admission: Send + Sync + 'static {
 
     /// Hears what CyberScan says to the pace.
     fn answered(&self, call: &Call, pace: Pace) -> impl Future<Output = ()> + Send;
+
+    /// How much of the tenant's quotas is used.
+    fn quotas(&self, call: &Call) -> impl Future<Output = Vec<QuotaUse>> + Send;
+}
+
+/// How much of a quota is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuotaUse {
+    /// Whose quota it is: the tenant's, or that of all tenants together.
+    pub of_fleet: bool,
+    /// At most so many calls …
+    pub limit: u32,
+    /// … in any span of this length.
+    pub per: Duration,
+    /// Calls made in the last such span.
+    pub used: u32,
 }
 
 /// What CyberScan says to the pace of requests.

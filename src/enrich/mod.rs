@@ -28,7 +28,7 @@ use sighting::Seen;
 
 use crate::{
     ctim::{Observable, Reference, Subject, sighting::Tlp},
-    cyberscan::{Answer, Call, CyberScan, Error, Priority, Purpose, Record, Vulnerabilities},
+    cyberscan::{Answer, Call, CyberScan, Error, Priority, Purpose, QuotaUse, Record, Vulnerabilities},
     tenant::Tenant,
 };
 
@@ -80,14 +80,14 @@ impl<P: CyberScan> Enricher<P> {
         Instant::now() + self.config.deadline
     }
 
-    /// Whether CyberScan accepts the tenant's key.
+    /// Whether CyberScan accepts the tenant's key; and how much of its quotas is used.
     ///
     /// # Errors
     /// Why it does not, or cannot be asked.
-    pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
-        by(deadline, self.cyberscan.authenticate(&Call { tenant, deadline, priority: Priority::Interactive }))
-            .await
-            .map(drop)
+    pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<Vec<QuotaUse>, Error> {
+        let call = Call { tenant, deadline, priority: Priority::Interactive };
+        by(deadline, self.cyberscan.authenticate(&call)).await?;
+        Ok(self.cyberscan.quotas(&call).await)
     }
 
     /// The sightings of `observables`, as JSON, at most `limit` for each of them.

@@ -214,6 +214,11 @@ fn rough(age: Duration) -> String {
     }
 }
 
+/// The refusal of a relay that has as many requests under way as it can bear.
+pub(super) fn busy() -> ErrorItem {
+    fatal("too many requests", "The relay has too many requests under way. Try again in 1 second.")
+}
+
 /// The answer to a missing `Health-Check` header.
 pub(super) fn invalid_health_check() -> Reply {
     error(fatal("health check failed", "Invalid Health Check"))

@@ -1,15 +1,41 @@
-//! `POST /health`: are this tenant's credentials good and CyberScan there?
+//! `POST /health`: are this tenant's credentials good and CyberScan there, and how much of its quotas is
+//! used?
+
+use std::collections::BTreeMap;
 
 use http::HeaderMap;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use warp::reply::Response as Reply;
 
 use super::{Peer, Relay, error_reply};
-use crate::{ctim::Envelope, ctim::ErrorItem, cyberscan::CyberScan};
+use crate::{
+    ctim::{Envelope, ErrorItem},
+    cyberscan::{CyberScan, QuotaUse},
+};
 
 #[derive(Serialize)]
 struct Health {
     status: &'static str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    quotas: BTreeMap<String, Quota>,
+}
+
+/// A quota as the platform describes it. The relay's windows slide: the current one always ends now.
+#[derive(Serialize)]
+struct Quota {
+    description: String,
+    values: Bucket,
+}
+
+#[derive(Serialize)]
+struct Bucket {
+    bucket_unit: &'static str,
+    bucket_limit: u32,
+    current_bucket_consumption: u32,
+    current_bucket_start_time: String,
+    current_bucket_end_time: String,
+    current_bucket_limit_reached: bool,
 }
 
 pub(super) async fn health<P: CyberScan>(relay: Relay<P>, headers: HeaderMap, peer: Option<Peer>) -> Reply {
@@ -24,8 +50,33 @@ async fn check<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
 ) -> Result<Health, ErrorItem> {
+    let _seat = relay.seat()?;
     let due = relay.enricher.due();
     let authorized = relay.authorize(headers, peer).await?;
-    relay.enricher.check(authorized.tenant?, due).await?;
-    Ok(Health { status: "ok" })
+    let quotas = relay.enricher.check(authorized.tenant?, due).await?;
+    let now = relay.clock.now();
+    Ok(Health { status: "ok", quotas: quotas.iter().filter_map(|quota| bucket(quota, now)).collect() })
+}
+
+/// The platform knows no unit below a minute; quotas per second are not shown.
+fn bucket(quota: &QuotaUse, now: Timestamp) -> Option<(String, Quota)> {
+    let unit = match quota.per.as_secs() {
+        60 => "minute",
+        3_600 => "hour",
+        86_400 => "day",
+        _ => return None,
+    };
+    let whose = if quota.of_fleet { "all tenants" } else { "this tenant" };
+    let start = now.checked_sub(SignedDuration::try_from(quota.per).ok()?).ok()?;
+    let time = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let values = Bucket {
+        bucket_unit: unit,
+        bucket_limit: quota.limit,
+        current_bucket_consumption: quota.used,
+        current_bucket_start_time: time(start),
+        current_bucket_end_time: time(now),
+        current_bucket_limit_reached: quota.used >= quota.limit,
+    };
+    let name = format!("{}-{unit}", if quota.of_fleet { "fleet" } else { "tenant" });
+    Some((name, Quota { description: format!("Calls to CyberScan per {unit} for {whose}"), values }))
 }

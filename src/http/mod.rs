@@ -14,7 +14,9 @@ mod plain;
 mod refer;
 pub mod server;
 
-use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, time::Duration};
+use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream};
@@ -26,6 +28,7 @@ use warp::{Buf, Filter, Rejection, filters::BoxedFilter, reply::Response as Repl
 
 use crate::{
     auth::{Authenticator, Authorized, Credentials},
+    clock::Clock,
     ctim::ErrorItem,
     cyberscan::CyberScan,
     enrich::Enricher,
@@ -42,6 +45,8 @@ pub struct Config {
     pub body_limit: usize,
     /// `server.body_timeout`: how long a body may take to arrive.
     pub body_timeout: Duration,
+    /// `server.max_in_flight`: requests of relay routes under way at once; more are refused at once.
+    pub max_in_flight: usize,
 }
 
 /// What the handlers work with; a cheap clone.
@@ -49,6 +54,9 @@ pub struct Relay<P> {
     authenticator: Authenticator,
     enricher: Enricher<P>,
     limits: Limits,
+    clock: Clock,
+    /// One for each request under way.
+    seats: Arc<Semaphore>,
 }
 
 impl<P> Clone for Relay<P> {
@@ -57,6 +65,8 @@ impl<P> Clone for Relay<P> {
             authenticator: self.authenticator.clone(),
             enricher: self.enricher.clone(),
             limits: self.limits,
+            clock: self.clock,
+            seats: Arc::clone(&self.seats),
         }
     }
 }
@@ -64,9 +74,15 @@ impl<P> Clone for Relay<P> {
 impl<P: CyberScan> Relay<P> {
     /// The relay behind the routes.
     #[must_use]
-    pub fn new(authenticator: Authenticator, enricher: Enricher<P>, config: &Config) -> Self {
+    pub fn new(authenticator: Authenticator, enricher: Enricher<P>, clock: Clock, config: &Config) -> Self {
         let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
-        Self { authenticator, enricher, limits }
+        let seats = Arc::new(Semaphore::new(config.max_in_flight));
+        Self { authenticator, enricher, limits, clock, seats }
+    }
+
+    /// A place among the requests under way: better to refuse a few at once than to keep all waiting.
+    fn seat(&self) -> Result<SemaphorePermit<'_>, ErrorItem> {
+        self.seats.try_acquire().map_err(|_| error_reply::busy())
     }
 
     async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {

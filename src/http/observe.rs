@@ -46,6 +46,7 @@ async fn sightings<P: CyberScan>(
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Result<Findings<Arc<RawValue>>, ErrorItem> {
+    let _seat = relay.seat()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;

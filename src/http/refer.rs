@@ -32,6 +32,7 @@ async fn references<P: CyberScan>(
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Result<Findings<Reference>, ErrorItem> {
+    let _seat = relay.seat()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;

@@ -36,7 +36,7 @@ use self::{
     shared::{Demand, Grant, SharedQuota},
 };
 use crate::{
-    cyberscan::{Admission, Call, Error, Pace, Priority},
+    cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse},
     redis_pool::{Redis, Unavailable},
     tenant::TenantId,
 };
@@ -345,7 +345,7 @@ impl Admission for Limiter {
                 Err(_) => return Err(refused(FIRST_PAUSE)),
             },
         };
-        if self.limited() || self.0.shared.is_some() {
+        if self.limited() || self.0.shared.is_some() || tenant.paused().is_some() {
             match call.priority {
                 Priority::Interactive => self.turn(&tenant, call.deadline).await?,
                 Priority::Prefetch => {
@@ -382,6 +382,18 @@ impl Admission for Limiter {
         if let Some(shared) = &self.0.shared {
             shared.pause(tenant.id, pause).await;
         }
+    }
+
+    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
+        let tenant = self.tenant(call.tenant.id());
+        let grant = self.take(&tenant, 0, 0.0).await;
+        let of = |windows: &[Window], of_fleet| {
+            let quota = move |window: &Window| (of_fleet, window.limit.get(), window.per);
+            windows.iter().map(quota).collect::<Vec<_>>()
+        };
+        let windows = [of(&self.0.config.tenant, false), of(&self.0.config.fleet, true)].concat();
+        let windows = windows.into_iter().zip(grant.used);
+        windows.map(|((of_fleet, limit, per), used)| QuotaUse { of_fleet, limit, per, used }).collect()
     }
 }
 

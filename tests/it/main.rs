@@ -15,5 +15,6 @@ mod attacks;
 mod command_line;
 mod enrichment;
 mod golden;
+mod limits;
 mod routes;
 mod upstream;
