@@ -133,6 +133,8 @@ pub enum Link {
 struct State {
     link: Option<Link>,
     failures: u32,
+    /// Operations in a row that had no answer on this link.
+    silent: u32,
     pause: Duration,
     /// No operation is tried before; one probe is let through at that time.
     closed_until: Option<Instant>,
@@ -282,6 +284,7 @@ impl Redis {
     fn succeeded(&self) {
         let mut state = self.state();
         state.failures = 0;
+        state.silent = 0;
         state.pause = FIRST_PAUSE;
         state.closed_until = None;
         if state.up.replace(true) != Some(true) {
@@ -292,15 +295,26 @@ impl Redis {
     }
 
     fn failed(&self, error: Option<&RedisError>) {
-        // A server that cannot write (a replica after a fail-over, one out of memory) still reads.
-        let refused = error.is_some_and(|error| {
-            matches!(error.kind(), ErrorKind::Server(kind) if kind != ServerErrorKind::BusyLoading && kind != ServerErrorKind::ClusterDown)
+        // A server that cannot write (a replica after a fail-over, one out of memory) still reads. Codes the
+        // driver has no name for, such as OOM, MISCONF and NOREPLICAS, are extensions to it.
+        let refused = error.is_some_and(|error| match error.kind() {
+            ErrorKind::Server(kind) => {
+                kind != ServerErrorKind::BusyLoading && kind != ServerErrorKind::ClusterDown
+            }
+            ErrorKind::Extension => !matches!(error.code(), Some("BUSY" | "NOAUTH")),
+            _ => false,
         });
         let mut state = self.state();
         let broken = error.is_some_and(|error| error.is_io_error() || error.is_unrecoverable_error());
         let demoted = error.is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly));
-        if broken || demoted {
+        if error.is_none() && state.link.is_some() {
+            state.silent = state.silent.saturating_add(1);
+        }
+        // A link may die without a sign: the other side gone, a line cut, a load balancer that forgot it.
+        // Nothing would ever come of waiting for it.
+        if broken || demoted || state.silent >= FAILURES {
             state.link = None;
+            state.silent = 0;
         }
         if !refused {
             state.failures = state.failures.saturating_add(1);

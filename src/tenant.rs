@@ -39,13 +39,16 @@ pub struct Tenant {
     id: TenantId,
     host: Host,
     key: ApiKey,
+    /// Of `id`, ready to derive names with.
+    naming: hmac::Key,
 }
 
 impl Tenant {
     /// The tenant that uses `key` at `host`.
     #[must_use]
     pub fn new(host: Host, key: ApiKey) -> Self {
-        Self { id: TenantId::of(&host, &key), host, key }
+        let id = TenantId::of(&host, &key);
+        Self { naming: id.naming(), id, host, key }
     }
 
     /// The tenant a token's `host` and `api_key` claims stand for, if `allowed` has its host.
@@ -65,6 +68,12 @@ impl Tenant {
     #[must_use]
     pub fn id(&self) -> TenantId {
         self.id
+    }
+
+    /// As [`TenantId::derive`], in half the time.
+    #[must_use]
+    pub fn derive(&self, purpose: &str, parts: &[&[u8]]) -> [u8; 16] {
+        name(&self.naming, purpose, parts)
     }
 
     /// The CyberScan host to ask.
@@ -116,7 +125,8 @@ pub struct TenantId([u8; 32]);
 
 impl TenantId {
     fn of(host: &Host, key: &ApiKey) -> Self {
-        Self(mac(key.expose().as_bytes(), &[b"cyberscan-relay/tenant/1", host.to_string().as_bytes()]))
+        let key = hmac::Key::new(hmac::HMAC_SHA256, key.expose().as_bytes());
+        Self(mac(&key, [b"cyberscan-relay/tenant/1".as_slice(), host.to_string().as_bytes()]))
     }
 
     /// A 128-bit name for `parts` within this tenant, unrelated between `purpose`s.
@@ -125,11 +135,11 @@ impl TenantId {
     /// the same name.
     #[must_use]
     pub fn derive(&self, purpose: &str, parts: &[&[u8]]) -> [u8; 16] {
-        let mut all = vec![purpose.as_bytes()];
-        all.extend_from_slice(parts);
-        let mut name = [0; 16];
-        name.copy_from_slice(mac(&self.0, &all).split_at(16).0);
-        name
+        name(&self.naming(), purpose, parts)
+    }
+
+    fn naming(&self) -> hmac::Key {
+        hmac::Key::new(hmac::HMAC_SHA256, &self.0)
     }
 }
 
@@ -139,9 +149,15 @@ impl fmt::Debug for TenantId {
     }
 }
 
-fn mac(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
-    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
-    let mut context = hmac::Context::with_key(&key);
+fn name(key: &hmac::Key, purpose: &str, parts: &[&[u8]]) -> [u8; 16] {
+    let mac = mac(key, std::iter::once(purpose.as_bytes()).chain(parts.iter().copied()));
+    let mut name = [0; 16];
+    name.copy_from_slice(mac.split_at(16).0);
+    name
+}
+
+fn mac<'a>(key: &hmac::Key, parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] {
+    let mut context = hmac::Context::with_key(key);
     for part in parts {
         context.update(&(part.len() as u64).to_be_bytes());
         context.update(part);
@@ -189,6 +205,12 @@ mod tests {
         assert_ne!(tenant.derive("a", &[b"bc", b"d"]), tenant.derive("a", &[b"b", b"cd"]));
         assert_ne!(tenant.derive("a", &[b"bc"]), tenant.derive("ab", &[b"c"]));
         assert_ne!(tenant.derive("a", &[]), tenant.derive("a", &[b""]));
+    }
+
+    #[test]
+    fn a_tenant_derives_the_names_its_identity_does() {
+        let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new("k".into()));
+        assert_eq!(tenant.derive("a", &[b"b"]), tenant.id().derive("a", &[b"b"]));
     }
 
     #[test]

@@ -244,10 +244,13 @@ fn bearer(headers: &HeaderMap) -> Result<&str, AuthError> {
         return Err(AuthError::WrongScheme);
     }
     let text = value.to_str().map_err(|_| AuthError::WrongScheme)?;
-    let mut parts = text.split_ascii_whitespace();
-    match (parts.next(), parts.next(), parts.next()) {
-        (Some(scheme), Some(token), None) if scheme.eq_ignore_ascii_case("Bearer") => Ok(token),
-        _ => Err(AuthError::WrongScheme),
+    let (scheme, token) = text.trim_ascii().split_once([' ', '\t']).ok_or(AuthError::WrongScheme)?;
+    let token = token.trim_ascii_start();
+    // Two searches for one byte are faster than one for a set, and a token is long.
+    if scheme.eq_ignore_ascii_case("Bearer") && !token.contains(' ') && !token.contains('\t') {
+        Ok(token)
+    } else {
+        Err(AuthError::WrongScheme)
     }
 }
 

@@ -9,6 +9,7 @@
 //! | 16 | the entry's version in hexadecimal, which scripts compare |
 //! | 1 | 0 as it is, 1 sealed |
 //! | 4 + 12 | sealed: which key, and the nonce |
+//! | 8 | not sealed: a checksum, which tells what was altered or stands under another key by accident |
 //! | rest | flags, times, the record (postcard, LZ4 where it helps); sealed: and the tag |
 
 use std::{
@@ -35,6 +36,7 @@ use crate::{
 const MAGIC: &[u8; 2] = b"R1";
 /// Magic and version.
 const HEAD: usize = 2 + 16;
+const CHECKSUM: usize = 8;
 /// The largest value we write or read.
 pub(super) const LARGEST: usize = 1 << 20;
 /// Records below this size are not worth compressing (measured, see docs/benchmarks.md).
@@ -162,7 +164,11 @@ impl Codec {
         let mut body = postcard::to_stdvec(&content).ok()?;
         let mut value = [MAGIC.as_slice(), version_text(entry.version).as_bytes()].concat();
         match self.keys.first() {
-            None => value.push(0),
+            None => {
+                let checksum = checksum(name, &value, &body);
+                value.push(0);
+                value.extend_from_slice(&checksum);
+            }
             Some(SealingKey { id, key }) => {
                 let bound = bound(name, &value);
                 let nonce = key.seal_in_place_append_tag(Aad::from(bound), &mut body).ok()?;
@@ -192,7 +198,13 @@ impl Codec {
         let version = version_of(value).ok_or(Rejection::Format)?;
         let mut opened;
         let body = match (sealed, self.keys.is_empty()) {
-            (0, true) => body,
+            (0, true) => {
+                let (sum, body) = body.split_at_checked(CHECKSUM).ok_or(Rejection::Format)?;
+                if sum != checksum(name, head, body) {
+                    return Err(Rejection::Corrupt);
+                }
+                body
+            }
             // With a key set, what is not sealed was not written by us.
             (0, false) | (1, true) => return Err(Rejection::Key),
             (1, false) => {
@@ -235,9 +247,18 @@ pub(super) fn version_of(value: &[u8]) -> Option<u64> {
     u64::from_str_radix(text, 16).ok()
 }
 
-/// What a sealed value is bound to: its key and its version.
+/// What a value is bound to: its key and its version.
 fn bound(name: &[u8], head: &[u8]) -> Vec<u8> {
     [&(name.len() as u64).to_be_bytes(), name, head].concat()
+}
+
+fn checksum(name: &[u8], head: &[u8], body: &[u8]) -> [u8; CHECKSUM] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(&bound(name, head));
+    context.update(body);
+    let mut sum = [0; CHECKSUM];
+    sum.copy_from_slice(context.finish().as_ref().split_at(CHECKSUM).0);
+    sum
 }
 
 fn pack(plain: Vec<u8>) -> Packed<'static> {
@@ -332,14 +353,18 @@ mod tests {
     }
 
     #[test]
-    fn every_altered_byte_of_a_sealed_value_is_noticed() {
-        let codec = Codec::new(&[[7; 32]]);
-        let value = codec.encode(b"name", &entry()).unwrap();
-        for at in 0..value.len() {
-            let mut altered = value.clone();
-            altered[at] ^= 1;
-            assert!(codec.decode::<Vulnerabilities>(b"name", &altered).is_err(), "byte {at}");
-            assert!(codec.decode::<Vulnerabilities>(b"name", &value[..at]).is_err(), "cut at {at}");
+    fn every_altered_byte_is_noticed_and_so_is_the_value_of_another_key() {
+        for codec in codecs() {
+            let value = codec.encode(b"name", &entry()).unwrap();
+            for at in 0..value.len() {
+                let mut altered = value.clone();
+                altered[at] ^= 1;
+                assert!(codec.decode::<Vulnerabilities>(b"name", &altered).is_err(), "byte {at}");
+                assert!(codec.decode::<Vulnerabilities>(b"name", &value[..at]).is_err(), "cut at {at}");
+            }
+            let longer = [value.as_slice(), b"x"].concat();
+            assert!(codec.decode::<Vulnerabilities>(b"name", &longer).is_err());
+            assert!(codec.decode::<Vulnerabilities>(b"other", &value).is_err());
         }
     }
 
@@ -370,7 +395,7 @@ mod tests {
             }
             mutated.truncate(cut.max(1));
             let outcome = codec.decode::<Vulnerabilities>(b"name", &mutated);
-            if sealed && mutated != value {
+            if mutated != value {
                 prop_assert!(outcome.is_err());
             }
         }

@@ -297,7 +297,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
 
     /// An answer as the table above says.
     async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
-        let key = Key::new(call.tenant.id(), K::RESOURCE, &subject.to_string());
+        let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
         let kept = match self.in_memory::<K>(&key) {
             Some(kept) => {
                 self.count_memory::<K>(&kept);
@@ -377,7 +377,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
             let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
             async move {
-                let longest = this.0.config.fill_timeout;
+                // Who follows a replica that dies has to wait for its lease, and may ask only then.
+                let longest = match this.0.shared {
+                    Some(_) => this.lease() + this.0.config.fill_timeout,
+                    None => this.0.config.fill_timeout,
+                };
                 let call = Call { tenant, deadline: Instant::now() + longest, priority };
                 let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
@@ -404,9 +408,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let mut role = Flight::Adopted;
         let owner = loop {
             let Some(shared) = &self.0.shared else { break None };
-            // The lock outlives the longest fetch, so it is lost by dead replicas only.
-            let lease = self.0.config.fill_timeout + Duration::from_secs(1);
-            match shared.claim(key, version, lease).await {
+            match shared.claim(key, version, self.lease()).await {
                 Ok(Claim::Value(value)) => match self.adopt::<K>(key, &value) {
                     Some(kept) => {
                         self.0.metrics.flight(role);
@@ -440,6 +442,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         Ok(Filled { kept, adopted: false })
     }
 
+    /// How long the lock of one who fetches holds: it outlives the longest fetch, so it is lost by dead
+    /// replicas only.
+    fn lease(&self) -> Duration {
+        self.0.config.fill_timeout + Duration::from_secs(1)
+    }
+
     /// Asks the next stage and keeps its answer.
     async fn fetch<K: Kind>(
         &self,
@@ -450,7 +458,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     ) -> Result<Kept, Error> {
         let (born, version) = (Instant::now(), self.version_now());
         let shared = self.0.shared.clone();
-        match K::ask(&self.0.next, call, subject).await {
+        let longest = self.0.config.fill_timeout;
+        let call = Call { deadline: born + longest, ..call.clone() };
+        // Also one that takes too long gives its lock back.
+        let outcome = timeout(longest, K::ask(&self.0.next, &call, subject)).await;
+        match outcome.unwrap_or(Err(Error::TimedOut { after: longest })) {
             Ok(answer) => {
                 let record = answer.record.known().cloned();
                 self.count::<K>(
@@ -767,8 +779,7 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
         if self.0.shared.is_none() {
             return;
         }
-        let tenant = call.tenant.id();
-        let key = |resource, subject: &dyn ToString| Key::new(tenant, resource, &subject.to_string());
+        let key = |resource, subject: &dyn ToString| Key::new(&call.tenant, resource, &subject.to_string());
         let first = subjects.iter().map(|subject| match (subject, purpose) {
             (Subject::Domain(domain), _) => key(Resource::Domain, domain),
             (Subject::Ip(ip), Purpose::Sightings) => key(Resource::Vulnerabilities, ip),
@@ -804,7 +815,7 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
     }
 
     fn known_host(&self, call: &Call, ip: IpAddr) -> Option<Arc<HostRecord>> {
-        let key = Key::new(call.tenant.id(), Resource::Host, &ip.to_string());
+        let key = Key::new(&call.tenant, Resource::Host, &ip.to_string());
         self.in_memory::<HostRecord>(&key)?.entry::<HostRecord>()?.record
     }
 }

@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::{
     entry::version_text,
@@ -51,17 +51,20 @@ const COMPARE: Duration = Duration::from_secs(10);
 /// Writes that wait for Redis to come back, at most.
 const PENDING: usize = 1_000;
 
-/// KEYS value, lock; ARGV owner, lease in ms, version a value has to be newer than.
+/// KEYS value, lock; ARGV owner, lease in ms, version a value has to be newer than. What has no version, or is
+/// no string at all, is no value: compared as text it could be newer than everything.
 const CLAIM: &str = r"
-local value = redis.call('GET', KEYS[1])
-if value and string.sub(value, 3, 18) > ARGV[3] then return {1, value} end
+local value = redis.pcall('GET', KEYS[1])
+local present = type(value) == 'string' and string.sub(value, 3, 18) or ''
+if #present == 16 and not string.find(present, '[^0-9a-f]') and present > ARGV[3] then return {1, value} end
 if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then return {2, ''} end
 return {3, ''}";
 
 /// KEYS value, lock; ARGV owner, version, value, time to live in ms, a version beyond all that can be.
-/// A newer value stays; one that claims to be from the future does not.
+/// A newer value stays; one that claims to be from the future does not, nor does what is no string.
 const STORE: &str = r"
-local present = redis.call('GETRANGE', KEYS[1], 2, 17)
+local present = redis.pcall('GETRANGE', KEYS[1], 2, 17)
+if type(present) ~= 'string' then present = '' end
 local newer = #present == 16 and not string.find(present, '[^0-9a-f]') and present > ARGV[2] and present < ARGV[5]
 if not newer then redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) end
 if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
@@ -145,6 +148,19 @@ impl RedisTier {
         Ok(())
     }
 
+    /// Keeps a write for later: the newest of its key, and the newest of all.
+    fn postpone(&self, write: Pending) {
+        let mut pending = lock(&self.0.pending);
+        if pending.len() >= PENDING
+            && let Some(oldest) = pending.iter().min_by_key(|(_, write)| write.version).map(|(name, _)| *name)
+        {
+            pending.remove(&oldest);
+        }
+        if pending.get(&write.key.name).is_none_or(|present| present.version < write.version) {
+            pending.insert(write.key.name, write);
+        }
+    }
+
     fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
         let mut event = cmd("XADD");
         event.arg(STREAM).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
@@ -164,9 +180,14 @@ impl RedisTier {
         self.compare_clocks(&mut link).await.map_err(lost)?;
         let mut position = self.resume(&mut link, cursor.as_deref(), hear).await.map_err(lost)?;
         *cursor = Some(position.clone());
-        self.write_pending().await;
-        let mut compared = Instant::now();
+        let (mut compared, mut written) = (Instant::now(), None);
         loop {
+            // Also while the stream works: the breaker may have been open when it began to, or only writes
+            // may have been refused.
+            if written.is_none_or(|last: Instant| last.elapsed() >= BLOCK) {
+                self.write_pending().await;
+                written = Some(Instant::now());
+            }
             let mut read = cmd("XREAD");
             read.arg("COUNT")
                 .arg(1000)
@@ -187,7 +208,6 @@ impl RedisTier {
             *cursor = Some(position.clone());
             if compared.elapsed() >= COMPARE {
                 self.compare_clocks(&mut link).await.map_err(lost)?;
-                self.write_pending().await;
                 compared = Instant::now();
             }
         }
@@ -255,24 +275,26 @@ impl RedisTier {
         Ok(())
     }
 
-    /// Writes what could not be written before, with a pause in between: a Redis that comes back is not
-    /// to be overrun by all replicas at once.
+    /// Writes what could not be written before, one after the other and up to the first that fails: a Redis
+    /// that comes back is not to be overrun, and one that does not costs one attempt.
     async fn write_pending(&self) {
         let waiting: Vec<Pending> = lock(&self.0.pending).drain().map(|(_, write)| write).collect();
         if waiting.is_empty() {
             return;
         }
         let count = waiting.len();
-        for write in waiting {
+        let mut waiting = waiting.into_iter();
+        for write in waiting.by_ref() {
             let life = write.until.saturating_duration_since(Instant::now());
-            if !life.is_zero() {
-                self.store(&write.key, write.value, write.version, life, None).await;
+            let written = self.write(&write.key, &write.value, write.version, life, String::new());
+            if !life.is_zero() && written.await.is_err() {
+                self.postpone(write);
+                break;
             }
         }
-        let left = lock(&self.0.pending).len();
-        if left > 0 {
-            warn!(left, "writes to redis still wait");
-        } else {
+        let left = waiting.len();
+        waiting.for_each(|write| self.postpone(write));
+        if left == 0 {
             info!(count, "writes that had waited for redis are done");
         }
     }
@@ -312,29 +334,20 @@ impl SharedTier for RedisTier {
                     .await
             })
             .await;
-        let claim = match outcome? {
-            (1, value) => Claim::Value(value),
-            (2, _) => Claim::Leader(owner),
-            _ => return Ok(Claim::Follower(told)),
+        let claim = match outcome {
+            Ok((1, value)) => Ok(Claim::Value(value)),
+            Ok((2, _)) => Ok(Claim::Leader(owner)),
+            Ok(_) => return Ok(Claim::Follower(told)),
+            Err(unavailable) => Err(unavailable),
         };
         lock(&self.0.waiting).remove(&key.name);
-        Ok(claim)
+        claim
     }
 
     async fn store(&self, key: &Key, value: Vec<u8>, version: u64, life: Duration, owner: Option<String>) {
         let until = Instant::now() + life;
         if self.write(key, &value, version, life, owner.unwrap_or_default()).await.is_err() {
-            let mut pending = lock(&self.0.pending);
-            if pending.len() >= PENDING
-                && let Some(oldest) =
-                    pending.iter().min_by_key(|(_, write)| write.version).map(|(name, _)| *name)
-            {
-                pending.remove(&oldest);
-            }
-            let newest = pending.get(&key.name).is_none_or(|present| present.version < version);
-            if newest {
-                pending.insert(key.name, Pending { key: key.clone(), value, version, until });
-            }
+            self.postpone(Pending { key: key.clone(), value, version, until });
         }
     }
 

@@ -605,7 +605,7 @@ async fn a_failure_is_told_to_replicas_that_wait_for_it() {
 async fn a_replica_that_dies_while_it_fetches_costs_its_lease_and_nothing_else() {
     let (fake, world) = (Fake::default(), World::new());
     let dead = world.replica();
-    let key = Key::new(call().tenant.id(), Resource::Host, &ip(1).to_string());
+    let key = Key::new(&call().tenant, Resource::Host, &ip(1).to_string());
     assert!(matches!(dead.claim(&key, 0, 16 * SECOND).await, Ok(Claim::Leader(_))));
     let alive = stage_with(&fake, Config { fill_timeout: 18 * SECOND, ..config() }, Some(world.replica()));
     let asked = Instant::now();
@@ -799,7 +799,7 @@ async fn keeps_the_promises_of_a_shared_tier<T: SharedTier>(a: T, b: T) {
     let wait = async || sleep(SECOND / 4).await;
     wait().await;
 
-    let key = |subject: &str| Key::new(call().tenant.id(), Resource::Host, subject);
+    let key = |subject: &str| Key::new(&call().tenant, Resource::Host, subject);
     let (lease, life) = (2 * SECOND, HOUR);
     let value =
         |version: u64, text: &str| [b"R1", entry::version_text(version).as_bytes(), text.as_bytes()].concat();

@@ -10,7 +10,13 @@ use std::{
 use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{clock::Clock, cyberscan::Error, metrics::Resource, redis_pool::Unavailable, tenant::TenantId};
+use crate::{
+    clock::Clock,
+    cyberscan::Error,
+    metrics::Resource,
+    redis_pool::Unavailable,
+    tenant::{Tenant, TenantId},
+};
 
 /// A tier that replicas share. One suite of tests runs over every implementation.
 pub trait SharedTier: Clone + Send + Sync + 'static {
@@ -75,10 +81,10 @@ pub struct Key {
 impl Key {
     /// The key of the answer about `subject`, in its canonical spelling.
     #[must_use]
-    pub fn new(tenant: TenantId, resource: Resource, subject: &str) -> Self {
+    pub fn new(tenant: &Tenant, resource: Resource, subject: &str) -> Self {
         use crate::metrics::Label;
         let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
-        Self { resource, tenant, name }
+        Self { resource, tenant: tenant.id(), name }
     }
 }
 

@@ -15,10 +15,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt, stream};
+use futures_util::future::join_all;
 use serde_json::value::RawValue;
 use tokio::{
-    sync::OnceCell,
+    sync::{OnceCell, Semaphore},
     time::{Instant, timeout_at},
 };
 
@@ -189,9 +189,12 @@ impl<P: CyberScan> Enricher<P> {
         let subjects: Vec<Subject> =
             observables.iter().map(|observable| observable.subject().clone()).collect();
         self.cyberscan.announce(call, &subjects, purpose).await;
-        let look_ups = look_ups.into_iter().map(|look_up| by(call.deadline, look_up));
-        let mut outcomes = stream::iter(look_ups).buffered(self.config.concurrency.get());
-        while let Some(outcome) = outcomes.next().await {
+        let turns = &Semaphore::new(self.config.concurrency.get());
+        let look_ups = look_ups.into_iter().map(async |look_up| {
+            let _turn = turns.acquire().await;
+            by(call.deadline, look_up).await
+        });
+        for outcome in join_all(look_ups).await {
             match outcome {
                 Ok(findings) => {
                     all.docs.extend(findings.docs);

@@ -16,7 +16,7 @@ use crate::{
 
 /// Renderings by tenant and observable, bounded in bytes; a cheap clone.
 #[derive(Clone)]
-pub(super) struct Rendered(Cache<[u8; 16], Arc<Rendering>>);
+pub(super) struct Rendered(Cache<(TenantId, Observable), Arc<Rendering>>);
 
 struct Rendering {
     /// What it is a rendering of: the very record, not one like it.
@@ -28,9 +28,10 @@ struct Rendering {
 
 impl Rendered {
     pub(super) fn new(bytes: u64) -> Self {
-        let weigh = |_: &[u8; 16], rendering: &Arc<Rendering>| {
+        let weigh = |of: &(TenantId, Observable), rendering: &Arc<Rendering>| {
             let bytes: usize = rendering.docs.iter().map(|doc| doc.get().len() + 32).sum();
-            u32::try_from(bytes + size_of::<Rendering>()).unwrap_or(u32::MAX)
+            u32::try_from(bytes + size_of_val(of) + of.1.value().len() + size_of::<Rendering>())
+                .unwrap_or(u32::MAX)
         };
         Self(Cache::builder().max_capacity(bytes).weigher(weigh).build())
     }
@@ -43,8 +44,9 @@ impl Rendered {
         observable: &Observable,
         tlp: Tlp,
     ) -> Arc<[Arc<RawValue>]> {
-        let name = tenant.derive("rendered", &[observable.kind().as_bytes(), observable.value().as_bytes()]);
-        if let Some(rendering) = self.0.get(&name)
+        // It stays in this process, so it needs no derived name.
+        let of = (tenant, observable.clone());
+        if let Some(rendering) = self.0.get(&of)
             && Arc::ptr_eq(&rendering.vulnerabilities, &seen.vulnerabilities)
             && rendering.ip == seen.ip
             && rendering.details_page == seen.details_page
@@ -54,7 +56,7 @@ impl Rendered {
         let docs: Arc<[_]> = seen.render(tenant, observable, tlp).into();
         let Seen { ip, details_page, vulnerabilities, asked_at: _ } = seen;
         let rendering = Rendering { vulnerabilities, ip, details_page, docs: Arc::clone(&docs) };
-        self.0.insert(name, Arc::new(rendering));
+        self.0.insert(of, Arc::new(rendering));
         docs
     }
 }

@@ -16,9 +16,12 @@ use crate::{
     tenant::RefusedHost,
 };
 
+/// The size of most answers, in bytes.
+pub(super) const USUAL: usize = 256;
+
 /// `value` as a JSON answer with status 200.
 pub(super) fn json(value: &impl Serialize) -> Reply {
-    with_status(StatusCode::OK, value)
+    with_status(StatusCode::OK, value, USUAL)
 }
 
 /// An answer that is nothing but `error`.
@@ -28,11 +31,13 @@ pub(super) fn error(error: impl Into<ErrorItem>) -> Reply {
 
 /// `data`, and `problems` beside it. Where a look-up failed, `data` stands there only if something
 /// was `found`: an empty list beside an error would look like "nothing found".
-pub(super) fn partial<D: Serialize>(data: D, found: bool, problems: &Problems) -> Reply {
-    json(&Envelope {
+/// The answer will have about `size` bytes.
+pub(super) fn partial<D: Serialize>(data: D, found: bool, problems: &Problems, size: usize) -> Reply {
+    let envelope = Envelope {
         data: (found || !problems.any_failed()).then_some(data),
         errors: problems.as_slice().iter().map(ErrorItem::from).collect(),
-    })
+    };
+    with_status(StatusCode::OK, &envelope, size)
 }
 
 /// A fault of HTTP itself: no such route, or not with this method.
@@ -49,7 +54,7 @@ pub(super) fn http_error(status: StatusCode, allow: Option<&'static str>) -> Rep
     };
     let fault =
         Fault { code: status.as_u16(), message, reason: status.canonical_reason().unwrap_or_default() };
-    let mut reply = with_status(status, &fault);
+    let mut reply = with_status(status, &fault, USUAL);
     if let Some(allow) = allow {
         reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
     }
@@ -61,9 +66,12 @@ pub(super) fn internal_error() -> Reply {
     error(fatal("internal error", "Something went wrong."))
 }
 
-fn with_status(status: StatusCode, value: &impl Serialize) -> Reply {
-    // What is serialized here are our own types, whose keys are strings.
-    let body = serde_json::to_vec(value).unwrap_or_default();
+fn with_status(status: StatusCode, value: &impl Serialize, size: usize) -> Reply {
+    let mut body = Vec::with_capacity(size);
+    // What is serialized here are our own types, whose keys are strings: it cannot fail.
+    if serde_json::to_writer(&mut body, value).is_err() {
+        body.clear();
+    }
     let mut reply = Response::new(body.into());
     *reply.status_mut() = status;
     let json = header::HeaderValue::from_static("application/json");

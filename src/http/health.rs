@@ -1,6 +1,8 @@
 //! `POST /health`: are this tenant's credentials good and CyberScan there, and how much of its quotas is
 //! used?
 
+use std::sync::Arc;
+
 use std::collections::BTreeMap;
 
 use http::HeaderMap;
@@ -38,7 +40,11 @@ struct Bucket {
     current_bucket_limit_reached: bool,
 }
 
-pub(super) async fn health<P: CyberScan>(relay: Relay<P>, headers: HeaderMap, peer: Option<Peer>) -> Reply {
+pub(super) async fn health<P: CyberScan>(
+    relay: Arc<Relay<P>>,
+    headers: HeaderMap,
+    peer: Option<Peer>,
+) -> Reply {
     match check(&relay, &headers, peer).await {
         Ok(health) => error_reply::json(&Envelope::data(health)),
         Err(error) => error_reply::error(error),

@@ -137,8 +137,8 @@ fn routes<P: CyberScan>(
     relay: &Relay<P>,
 ) -> impl Filter<Extract = (Reply,), Error = Infallible> + Clone + use<P> {
     let with_relay = {
-        let relay = relay.clone();
-        warp::any().map(move || relay.clone())
+        let relay = Arc::new(relay.clone());
+        warp::any().map(move || Arc::clone(&relay))
     };
     let health = warp::path!("health")
         .and(on(&[Method::POST], "POST, OPTIONS"))

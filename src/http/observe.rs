@@ -25,7 +25,7 @@ struct Sightings {
 }
 
 pub(super) async fn observe<P: CyberScan>(
-    relay: Relay<P>,
+    relay: Arc<Relay<P>>,
     headers: HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
@@ -33,8 +33,9 @@ pub(super) async fn observe<P: CyberScan>(
     match sightings(&relay, &headers, peer, body).await {
         Ok(Findings { docs, problems }) => {
             let found = !docs.is_empty();
+            let size = 256 + docs.iter().map(|doc| doc.get().len() + 1).sum::<usize>();
             let sightings = found.then_some(Sightings { count: docs.len(), docs });
-            error_reply::partial(Entities { sightings }, found, &problems)
+            error_reply::partial(Entities { sightings }, found, &problems, size)
         }
         Err(error) => error_reply::error(error),
     }

@@ -1,5 +1,7 @@
 //! `POST /refer/observables`: where CyberScan shows each observable to a person.
 
+use std::sync::Arc;
+
 use futures_util::Stream;
 use http::HeaderMap;
 use warp::{Buf, reply::Response as Reply};
@@ -12,7 +14,7 @@ use crate::{
 };
 
 pub(super) async fn refer<P: CyberScan>(
-    relay: Relay<P>,
+    relay: Arc<Relay<P>>,
     headers: HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
@@ -20,7 +22,7 @@ pub(super) async fn refer<P: CyberScan>(
     match references(&relay, &headers, peer, body).await {
         Ok(Findings { docs, problems }) => {
             let found = !docs.is_empty();
-            error_reply::partial(docs, found, &problems)
+            error_reply::partial(docs, found, &problems, error_reply::USUAL)
         }
         Err(error) => error_reply::error(error),
     }

@@ -198,6 +198,8 @@ struct State {
     script: Vec<(Rule, u32)>,
     calls: Vec<Recorded>,
     data: Data,
+    /// What is known to one API key, in place of `data`.
+    own: HashMap<String, Data>,
 }
 
 struct Grant {
@@ -217,6 +219,7 @@ impl FakeCyberScan {
             script: Vec::new(),
             calls: Vec::new(),
             data: Data::default(),
+            own: HashMap::new(),
         };
         let shared = Shared {
             host: format!("{name}:{}", listener.port()?),
@@ -270,6 +273,12 @@ impl FakeCyberScan {
     /// Sets the answer to `GET /vulnerabilities/ip/{ip}`, the whole body.
     pub fn set_vulnerabilities(&self, ip: &str, record: &Value) {
         self.state(|state| state.data.set_vulnerabilities(ip, record));
+    }
+
+    /// Sets the answer to `GET /vulnerabilities/ip/{ip}` for one API key. From then on that key gets the
+    /// answers set for it and those built in, none that were set for all.
+    pub fn set_vulnerabilities_for(&self, key: &str, ip: &str, record: &Value) {
+        self.state(|state| state.own.entry(key.to_owned()).or_default().set_vulnerabilities(ip, record));
     }
 
     /// Makes every answer take this long.
@@ -437,14 +446,15 @@ impl State {
         if call == Call::Token {
             return self.issue(value, now);
         }
-        let grant = bearer.and_then(|token| self.tokens.get(token));
-        if grant.is_none_or(|grant| now >= grant.until) {
+        let grant = bearer.and_then(|token| self.tokens.get(token)).filter(|grant| now < grant.until);
+        let Some(grant) = grant else {
             return Normal::error(401, "missing, unknown or expired access token");
-        }
+        };
+        let data = self.own.get(&grant.key).unwrap_or(&self.data);
         let found = match call {
-            Call::Domain => self.data.domain(value),
-            Call::Ip => self.data.ip(value),
-            Call::Vulnerabilities => self.data.vulnerabilities(value),
+            Call::Domain => data.domain(value),
+            Call::Ip => data.ip(value),
+            Call::Vulnerabilities => data.vulnerabilities(value),
             Call::Token | Call::Other => None,
         };
         found.map_or_else(|| Normal::error(404, "not found"), |body| Normal { code: 200, body })

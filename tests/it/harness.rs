@@ -1,7 +1,7 @@
 //! The one harness: a relay on a free port, in this process, put together as in production, with a
 //! sandbox behind it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use cyberscan_relay::{
@@ -21,10 +21,11 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) const AUDIENCE: &str = "https://relay.test";
 
-/// A running relay and the world around it. Dropping it stops both.
+/// A running relay and the world around it, which it may share with others. Dropping it stops the relay; the
+/// sandbox goes with the last one.
 pub(crate) struct TestRelay {
     pub(crate) address: SocketAddr,
-    pub(crate) sandbox: Sandbox,
+    pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) shutdown: CancellationToken,
     served: JoinHandle<()>,
     _ca: tempfile::NamedTempFile,
@@ -46,10 +47,15 @@ impl TestRelay {
     /// A relay with `settings` (names of variables and their values) beside those that lead it to
     /// the sandbox.
     pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
-        let sandbox = Sandbox::start(Options::default()).await.unwrap();
+        let sandbox = Arc::new(Sandbox::start(Options::default()).await.unwrap());
+        Self::beside(&sandbox, settings).await
+    }
+
+    /// As [`TestRelay::with`], in the world of other relays.
+    pub(crate) async fn beside(sandbox: &Arc<Sandbox>, settings: &[(&str, &str)]) -> Self {
         let ca = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
-        let own = sandbox_settings(&sandbox, ca.path().to_str().unwrap());
+        let own = sandbox_settings(sandbox, ca.path().to_str().unwrap());
         let given = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let mut all: Vec<(String, String)> = given.collect();
         all.extend(own.into_iter().filter(|(name, _)| !settings.iter().any(|(given, _)| given == name)));
@@ -60,7 +66,7 @@ impl TestRelay {
         let shutdown = CancellationToken::new();
         let running = app::run(settings, listener, shutdown.clone());
         let served = tokio::spawn(async move { running.await.unwrap() });
-        Self { address, sandbox, shutdown, served, _ca: ca }
+        Self { address, sandbox: Arc::clone(sandbox), shutdown, served, _ca: ca }
     }
 
     /// Stops the relay and waits until it has drained.

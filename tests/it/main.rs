@@ -9,12 +9,18 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod fleet;
 mod harness;
+mod redis;
 
 mod attacks;
 mod command_line;
 mod enrichment;
 mod golden;
 mod limits;
+mod redis_trouble;
+mod replicas;
 mod routes;
+mod storms;
+mod tenancy;
 mod upstream;
