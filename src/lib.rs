@@ -23,3 +23,9 @@ pub mod settings;
 pub mod app;
 pub mod probe;
 pub mod demo;
+
+/// The one Redis fixture, which unit tests share with the integration tests.
+#[cfg(test)]
+#[path = "../tests/it/redis.rs"]
+#[expect(dead_code, clippy::disallowed_methods, reason = "unit tests need a part of it; it is test code")]
+pub(crate) mod redis_server;

@@ -413,3 +413,17 @@ impl ConnectionLike for Link {
         }
     }
 }
+
+#[cfg(test)]
+impl Redis {
+    /// A connection to a test's own server, with time enough for a busy machine.
+    pub(crate) fn to(url: &str) -> Self {
+        let config = Config {
+            urls: vec![url.parse().unwrap()],
+            mode: Mode::Single,
+            master_name: String::new(),
+            timeout: CONNECT,
+        };
+        Self::new(&config, Metrics::new(), TaskTracker::new()).unwrap()
+    }
+}

@@ -19,6 +19,8 @@ use tokio::{
 use super::*;
 use crate::{
     cyberscan::{Breaker, Priority},
+    redis_pool::Redis,
+    redis_server::RedisServer,
     tenant::{ApiKey, Tenant},
 };
 
@@ -857,4 +859,11 @@ async fn keeps_the_promises_of_a_shared_tier<T: SharedTier>(a: T, b: T) {
 async fn the_fake_tier_keeps_the_promises_of_a_shared_tier() {
     let world = World::new();
     keeps_the_promises_of_a_shared_tier(world.replica(), world.replica()).await;
+}
+
+#[tokio::test]
+async fn the_tier_in_redis_keeps_the_promises_of_a_shared_tier() {
+    let server = RedisServer::start().await;
+    let replica = || RedisTier::new(Redis::to(&server.url()), Clock::system());
+    keeps_the_promises_of_a_shared_tier(replica(), replica()).await;
 }

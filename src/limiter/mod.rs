@@ -86,10 +86,13 @@ struct Inner {
 /// The windows of a tenant or of the fleet, as this replica knows them.
 struct Scope {
     windows: Vec<Window>,
-    /// Without Redis: all calls. With one that is away: those it has not been told of.
+    /// All calls of this replica.
     counted: Mutex<Vec<SlidingWindow>>,
-    /// While Redis is away: this replica's share, evenly spaced.
+    /// Calls that Redis has not been told of, because it was away.
+    untold: Mutex<Vec<SlidingWindow>>,
+    /// While Redis is away: this replica's share, evenly spaced, and how many calls it is in each window.
     share: Vec<DefaultDirectRateLimiter>,
+    shares: Vec<u32>,
 }
 
 struct Tenant {
@@ -268,8 +271,10 @@ impl Limiter {
         let demand = Demand { tenant: tenant.id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
         match shared.take(&demand).await {
             Ok(grant) => {
-                tenant.scope.settle(&of_tenant);
-                self.0.fleet.settle(&of_fleet);
+                for (scope, told) in [(&tenant.scope, &of_tenant), (&self.0.fleet, &of_fleet)] {
+                    scope.settle(told);
+                    scope.note(self.now(), grant.calls);
+                }
                 grant
             }
             Err(Unavailable) => self.take_share(tenant, leave),
@@ -301,19 +306,29 @@ impl Limiter {
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
     /// that Redis can be told when it is back.
     fn take_share(&self, tenant: &Tenant, leave: f64) -> Grant {
-        let scopes = [&tenant.scope, &self.0.fleet];
+        let (scopes, now) = ([&tenant.scope, &self.0.fleet], self.now());
         let mut wait = Duration::ZERO;
-        for limiter in scopes.iter().flat_map(|scope| &scope.share) {
-            if let Err(early) = limiter.check() {
-                wait = wait.max(early.wait_time_from(limiter.clock().now()));
+        for scope in scopes {
+            // What was granted before Redis went away counts: the quota's window may still be full of it.
+            for (window, share) in scope.counted(now).iter_mut().zip(&scope.shares) {
+                if window.used(now) >= *share {
+                    wait = wait.max(window.window().per / 100);
+                }
+            }
+        }
+        if wait.is_zero() {
+            for limiter in scopes.iter().flat_map(|scope| &scope.share) {
+                if let Err(early) = limiter.check() {
+                    wait = wait.max(early.wait_time_from(limiter.clock().now()));
+                }
             }
         }
         // Prefetching can wait until the fleet counts together again.
         let granted = wait.is_zero() && leave == 0.0;
-        let now = self.now();
-        for scope in scopes {
-            for window in scope.counted(now).iter_mut().filter(|_| granted) {
-                window.take(now, 1);
+        if granted {
+            for scope in scopes {
+                scope.note(now, 1);
+                lock(&scope.untold).iter_mut().for_each(|window| window.take(now, 1));
             }
         }
         Grant { calls: u32::from(granted), wait, ..Grant::default() }
@@ -407,10 +422,13 @@ impl Tenant {
 
 impl Scope {
     fn new(windows: &[Window], share: f64) -> Self {
+        let part = |window: &Window| (f64::from(window.limit.get()) * share) as u32;
         Self {
             windows: windows.to_vec(),
             counted: Mutex::default(),
+            untold: Mutex::default(),
             share: windows.iter().map(|window| spaced(*window, share)).collect(),
+            shares: windows.iter().map(|window| part(window).max(1)).collect(),
         }
     }
 
@@ -422,16 +440,25 @@ impl Scope {
         counted
     }
 
+    fn note(&self, now: u64, calls: u32) {
+        if calls > 0 {
+            self.counted(now).iter_mut().for_each(|window| window.take(now, calls));
+        }
+    }
+
     /// The windows, each with the calls Redis has not been told of.
     fn owed(&self, now: u64) -> Vec<(Window, u32)> {
-        let mut counted = self.counted(now);
-        self.windows.iter().copied().zip(counted.iter_mut().map(|window| window.used(now))).collect()
+        let mut untold = lock(&self.untold);
+        if untold.is_empty() {
+            untold.extend(self.windows.iter().map(|window| SlidingWindow::new(*window, now)));
+        }
+        self.windows.iter().copied().zip(untold.iter_mut().map(|window| window.used(now))).collect()
     }
 
     /// Redis has been told of them.
     fn settle(&self, told: &[(Window, u32)]) {
         if told.iter().any(|(_, calls)| *calls > 0) {
-            lock(&self.counted).clear();
+            lock(&self.untold).clear();
         }
     }
 }

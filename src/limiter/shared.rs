@@ -52,6 +52,11 @@ impl SharedQuota {
 
     /// Takes as many of the calls wanted as all windows allow, in one round trip.
     pub(super) async fn take(&self, demand: &Demand<'_>) -> Result<Grant, Unavailable> {
+        self.take_at(demand).await.map(|(grant, _)| grant)
+    }
+
+    /// As [`SharedQuota::take`], with the time on Redis's clock, microseconds.
+    pub(super) async fn take_at(&self, demand: &Demand<'_>) -> Result<(Grant, u64), Unavailable> {
         let tenant = name(demand.tenant);
         let mut invocation = self.script.key(pause_key(&tenant));
         for (window, _) in demand.of_tenant {
@@ -69,16 +74,17 @@ impl SharedQuota {
             .redis
             .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await?;
-        let (&[calls, wait, paused], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
+        let (&[calls, wait, paused, now], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
         let used_up = |window: &[u64]| window.first() >= window.get(1);
         let of_fleet = windows.chunks(2).skip(demand.of_tenant.len());
-        Ok(Grant {
+        let grant = Grant {
             fleet_exhausted: of_fleet.into_iter().any(used_up),
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             paused: paused == 1,
             used: windows.iter().step_by(2).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
-        })
+        };
+        Ok((grant, now))
     }
 
     /// Has all replicas leave the tenant's CyberScan alone for `pause`.

@@ -3,7 +3,10 @@
 use futures_util::future::join_all;
 
 use super::*;
-use crate::tenant::{ApiKey, Tenant as Who};
+use crate::{
+    redis_server::RedisServer,
+    tenant::{ApiKey, Tenant as Who},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -204,4 +207,134 @@ async fn several_windows_hold_at_once() {
     }
     assert_eq!(at.len(), 30);
     assert!(at[29] >= 2 * SECOND && at[29] <= 4 * SECOND, "{:?}", at[29]);
+}
+
+/// Numbers that look like chance and are the same in every run.
+fn numbers() -> impl FnMut(u32) -> u32 {
+    let mut seed = 7_u64;
+    move |below| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        u32::try_from(seed >> 33).unwrap() % below
+    }
+}
+
+#[tokio::test]
+async fn the_script_does_what_the_model_does() {
+    let server = RedisServer::start().await;
+    let quota = SharedQuota::new(Redis::to(&server.url()));
+    let mut number = numbers();
+    for (case, (of_tenant, of_fleet)) in
+        [("20/s", ""), ("7/s,40/m", ""), ("200/s", "50/s"), ("", "3/s"), ("1000/s,5000/d", "700/s")]
+            .iter()
+            .enumerate()
+    {
+        let Config { tenant, fleet, .. } = config(of_tenant, of_fleet);
+        let id = call_of(&format!("key-{case}"), SECOND, Priority::Interactive).tenant.id();
+        let owe_nothing = |windows: &[Window]| windows.iter().map(|window| (*window, 0)).collect::<Vec<_>>();
+        let (of_tenant, of_fleet) = (owe_nothing(&tenant), owe_nothing(&fleet));
+        // The fleet's keys are shared by all cases.
+        server.ask::<String>(&["FLUSHALL"]).await;
+        let mut models: Vec<SlidingWindow> = Vec::new();
+        for step in 0..150 {
+            let (calls, leave) = (1 + number(12), f64::from(number(4) / 3) / 2.0);
+            let demand = Demand { tenant: id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
+            let (grant, now) = quota.take_at(&demand).await.unwrap();
+            if models.is_empty() {
+                models.extend(tenant.iter().chain(&fleet).map(|window| SlidingWindow::new(*window, now)));
+            }
+            let free = models.iter_mut().map(|model| {
+                let kept = (f64::from(model.window().limit.get()) * leave) as u32;
+                model.available(now).saturating_sub(kept)
+            });
+            let expected = free.min().unwrap().min(calls);
+            assert_eq!(grant.calls, expected, "case {case}, step {step}");
+            for (model, used) in models.iter_mut().zip(&grant.used) {
+                if expected > 0 {
+                    model.take(now, expected);
+                }
+                assert_eq!(model.used(now), *used, "case {case}, step {step}");
+            }
+            sleep(Duration::from_millis(u64::from(number(25)))).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_redis_has_lost_starts_empty_and_what_was_made_meanwhile_is_counted() {
+    let server = RedisServer::start().await;
+    let quota = SharedQuota::new(Redis::to(&server.url()));
+    let hundred = config("100/m", "").tenant[0];
+    let take = async |calls, elsewhere| {
+        let demand = Demand {
+            tenant: call(SECOND).tenant.id(),
+            of_tenant: &[(hundred, elsewhere)],
+            of_fleet: &[],
+            calls,
+            leave: 0.0,
+        };
+        quota.take(&demand).await.unwrap()
+    };
+    assert_eq!(take(100, 0).await.calls, 1, "a window that has just come into being is no licence");
+    let grant = take(0, 30).await;
+    assert_eq!(grant.used, [31]);
+    assert!(grant.wait > Duration::ZERO);
+}
+
+#[tokio::test]
+async fn a_pause_holds_for_every_replica() {
+    let server = RedisServer::start().await;
+    let replicas =
+        [(); 2].map(|()| Limiter::new(config("", ""), Some(Redis::to(&server.url())), TaskTracker::new()));
+    for replica in &replicas {
+        drop(replica.admit(&call(5 * SECOND)).await.unwrap());
+    }
+    let pace = Pace::TooFast { retry_after: Some(2 * SECOND) };
+    replicas[0].answered(&call(SECOND), pace).await;
+    let refused = replicas[1].admit(&call(SECOND / 2)).await.map(drop);
+    assert!(matches!(refused, Err(Error::Throttled { .. })), "{refused:?}");
+    let asked = Instant::now();
+    replicas[1].admit(&call(10 * SECOND)).await.unwrap();
+    assert!(asked.elapsed() >= SECOND, "the pause was over too soon");
+}
+
+#[tokio::test]
+async fn replicas_together_keep_the_quota_with_and_without_redis() {
+    let mut server = RedisServer::process(&[]).await;
+    let quota = config("40/s", "");
+    let replicas: Vec<Limiter> = (0..3)
+        .map(|_| Limiter::new(quota.clone(), Some(Redis::to(&server.url())), TaskTracker::new()))
+        .collect();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let made: Arc<Mutex<Vec<Instant>>> = Arc::default();
+    let callers: Vec<_> = replicas
+        .iter()
+        .flat_map(|replica| (0..8).map(move |_| replica.clone()))
+        .map(|replica| {
+            let (made, stop) = (Arc::clone(&made), stop.clone());
+            TaskTracker::new().spawn(stop.run_until_cancelled_owned(async move {
+                loop {
+                    if replica.admit(&call(2 * SECOND)).await.is_ok() {
+                        made.lock().unwrap().push(Instant::now());
+                    }
+                }
+            }))
+        })
+        .collect();
+    sleep(4 * SECOND).await;
+    let with_redis = made.lock().unwrap().len();
+    server.kill();
+    sleep(4 * SECOND).await;
+    let without = made.lock().unwrap().len() - with_redis;
+    server.restart().await;
+    sleep(3 * SECOND).await;
+    stop.cancel();
+    join_all(callers).await;
+    let made = made.lock().unwrap().clone();
+    for (first, at) in made.iter().enumerate() {
+        // Granted and noted are not the same moment; on a busy machine they are some milliseconds apart.
+        let within = made.iter().skip(first).take_while(|other| **other < *at + SECOND * 97 / 100).count();
+        assert!(within <= 40, "{within} calls in a second");
+    }
+    assert!(with_redis >= 90, "{with_redis} calls in 4 seconds, the first of which is half");
+    assert!((40..=160).contains(&without), "{without} calls in 4 seconds without redis");
 }

@@ -3,7 +3,8 @@
 --   window came into being. A window that is not there is new: it grows from a hundredth to its limit.
 -- ARGV: calls wanted, share of each limit that is to be left over, then per window: limit, microseconds,
 --   calls made elsewhere that are not counted yet.
--- Answer: calls granted, microseconds until the next one, 1 if paused, then per window: calls used, ceiling.
+-- Answer: calls granted, microseconds until the next one, 1 if paused, the time, then per window: calls used,
+-- ceiling.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local want, leave = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -44,7 +45,7 @@ for key = 2, #KEYS do
 end
 
 local wait = math.max(0, paused) * 1000
-local answer = {granted, 0, paused > 0 and 1 or 0}
+local answer = {granted, 0, paused > 0 and 1 or 0, now}
 for key = 2, #KEYS do
   local window = windows[key]
   if granted > 0 then
