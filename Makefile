@@ -11,6 +11,7 @@ demo:
 
 ## Run all tests.
 test:
+	scripts/need-redis.sh
 	$(CARGO) test --locked --quiet
 
 ## Formatting, clippy, and the rules for dependencies.
