@@ -1,5 +1,5 @@
 #!/bin/sh
-# Bans, licences and sources of all dependencies (deny.toml), with cargo-deny; installed on first use.
+# Bans, licences and sources of the dependencies that are shipped (deny.toml), with cargo-deny; installed on first use.
 # Advisories need the advisory database, which is fetched from GitHub: they are checked when it can be had.
 set -eu
 cd "$(dirname "$0")/.."
