@@ -39,7 +39,7 @@ const HEAD: usize = 2 + 16;
 const CHECKSUM: usize = 8;
 /// The largest value we write or read.
 pub(super) const LARGEST: usize = 1 << 20;
-/// Records below this size are not worth compressing (measured, see docs/benchmarks.md).
+/// Records below this size are stored as they are; there is little to save.
 const COMPRESS_FROM: usize = 512;
 
 /// An answer that is kept. `T` is a record of CyberScan.

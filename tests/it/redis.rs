@@ -8,7 +8,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -61,7 +61,7 @@ impl RedisServer {
         match container().await {
             Some((container, host, port)) => {
                 let running = Running::Container(Box::new(container));
-                let server = Self { host, port, password: None, running };
+                let mut server = Self { host, port, password: None, running };
                 server.ready().await.unwrap();
                 server
             }
@@ -134,9 +134,19 @@ impl RedisServer {
         let port = free_port();
         let child = spawn(port, &own, directory.path());
         let running = Running::Process(Process { child, arguments: own, directory });
-        let server = Self { host: Ipv4Addr::LOCALHOST.to_string(), port, password, running };
-        server.ready().await.unwrap();
-        server
+        let mut server = Self { host: Ipv4Addr::LOCALHOST.to_string(), port, password, running };
+        for _ in 0..5 {
+            match server.ready().await {
+                Ok(()) => return server,
+                // Somebody else was faster to take the port.
+                Err(_) => {
+                    server.port = free_port();
+                    let port = server.port;
+                    server.process_mut().spawn_again(port);
+                }
+            }
+        }
+        panic!("redis-server does not start");
     }
 
     /// Where it is, for a relay.
@@ -159,8 +169,7 @@ impl RedisServer {
     /// Starts it again on the same port, empty.
     pub(crate) async fn restart(&mut self) {
         let port = self.port;
-        let process = self.process_mut();
-        process.child = spawn(port, &process.arguments, process.directory.path());
+        self.process_mut().spawn_again(port);
         self.ready().await.unwrap();
     }
 
@@ -232,13 +241,16 @@ impl RedisServer {
     }
 
     /// Waits until it answers, and it is this one that does.
-    async fn ready(&self) -> Result<(), String> {
+    async fn ready(&mut self) -> Result<(), String> {
         let started = Instant::now();
         loop {
             let info = self.try_ask::<InfoDict>(&["INFO", "server"]).await;
-            let ours = match &self.running {
+            let ours = match &mut self.running {
                 Running::Container(_) => None,
-                Running::Process(process) => Some(process.child.id()),
+                Running::Process(process) => match process.child.try_wait() {
+                    Ok(None) => Some(process.child.id()),
+                    ended => return Err(format!("redis-server ended: {ended:?}")),
+                },
             };
             match info {
                 Ok(info) if ours.is_none_or(|ours| info.get("process_id") == Some(ours)) => return Ok(()),
@@ -266,6 +278,14 @@ impl RedisServer {
             Running::Process(process) => process,
             Running::Container(_) => panic!("only a process can be treated like that"),
         }
+    }
+}
+
+impl Process {
+    fn spawn_again(&mut self, port: u16) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.child = spawn(port, &self.arguments, self.directory.path());
     }
 }
 
@@ -305,10 +325,17 @@ pub(crate) fn free_port() -> u16 {
 
 /// A container, unless there is no engine or the image cannot be had; that is found out once.
 async fn container() -> Option<(ContainerAsync<GenericImage>, String, u16)> {
-    static POSSIBLE: OnceCell<bool> = OnceCell::const_new();
-    if !*POSSIBLE.get_or_init(engine_answers).await {
+    static ENGINE: OnceCell<bool> = OnceCell::const_new();
+    static FAILED: AtomicBool = AtomicBool::new(false);
+    if FAILED.load(Ordering::Relaxed) || !*ENGINE.get_or_init(engine_answers).await {
         return None;
     }
+    let started = start_container().await;
+    FAILED.fetch_or(started.is_none(), Ordering::Relaxed);
+    started
+}
+
+async fn start_container() -> Option<(ContainerAsync<GenericImage>, String, u16)> {
     let image = GenericImage::new("redis", "7-alpine")
         .with_exposed_port(6379.tcp())
         .with_wait_for(WaitFor::message_on_stdout("Ready to accept connections"))
