@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test lint doc ci
+.PHONY: demo test bench lint doc ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -13,6 +13,12 @@ demo:
 test:
 	scripts/need-redis.sh
 	$(CARGO) test --locked --quiet
+
+## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
+## `make bench ONLY="L1 hit"` runs the cases of that name and writes nothing.
+bench:
+	$(CARGO) bench --locked --bench load -- $(if $(ONLY),"$(ONLY)")
+	$(if $(ONLY),,$(CARGO) bench --locked --bench parts)
 
 ## Formatting, clippy, and the rules for dependencies.
 lint:
