@@ -298,26 +298,29 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// An answer as the table above says.
     async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
         let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
-        let kept = match self.in_memory::<K>(&key) {
-            Some(kept) => {
-                self.count_memory::<K>(&kept);
-                kept
+        let (kept, freshness) = match self.in_memory::<K>(&key) {
+            Some((kept, freshness)) => {
+                self.count_memory::<K>(&kept, freshness);
+                (kept, freshness)
             }
             None => {
                 self.count::<K>(Tier::Memory, Outcome::Miss);
-                let filled = self.fill_by::<K>(&key, call, subject, 0, call.deadline).await?;
+                let filled = self.fill_by::<K>(&key, call, subject, 0, call.deadline);
+                // Boxed: most look-ups are answered by memory and are not to carry the room for this about.
+                let filled = Box::pin(filled).await?;
                 if !filled.adopted {
                     return filled.kept.answer();
                 }
-                filled.kept
+                let freshness = self.freshness::<K>(&filled.kept);
+                (filled.kept, freshness)
             }
         };
-        match K::policy(&self.0.config).freshness(kept.lifetime, kept.age()) {
+        match freshness {
             Freshness::Fresh => {}
             Freshness::Due | Freshness::Revalidate => self.renew::<K>(&key, call, subject, kept.version),
             Freshness::IfError | Freshness::Dead => {
                 let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
-                match self.fill_by::<K>(&key, call, subject, kept.version, soft).await {
+                match Box::pin(self.fill_by::<K>(&key, call, subject, kept.version, soft)).await {
                     Ok(filled) => return filled.kept.answer(),
                     // A refused key gets nothing, however old.
                     Err(Error::Unauthorized) => return Err(Error::Unauthorized),
@@ -332,10 +335,14 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     /// What memory has under `key`, unless it is as good as nothing.
-    fn in_memory<K: Kind>(&self, key: &Key) -> Option<Kept> {
+    fn in_memory<K: Kind>(&self, key: &Key) -> Option<(Kept, Freshness)> {
         let kept = self.0.memory.get(&key.name)?;
-        let dead = K::policy(&self.0.config).freshness(kept.lifetime, kept.age()) == Freshness::Dead;
-        (!dead).then_some(kept)
+        let freshness = self.freshness::<K>(&kept);
+        (freshness != Freshness::Dead).then_some((kept, freshness))
+    }
+
+    fn freshness<K: Kind>(&self, kept: &Kept) -> Freshness {
+        K::policy(&self.0.config).freshness(kept.lifetime, kept.age())
     }
 
     /// Renews an answer in the background, unless that is under way or has just failed.
@@ -607,11 +614,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
 
     /// Counts a look-up that memory answered, unless the answer has only just been brought there for
     /// it: then it is counted where it came from.
-    fn count_memory<K: Kind>(&self, kept: &Kept) {
+    fn count_memory<K: Kind>(&self, kept: &Kept, freshness: Freshness) {
         if kept.unread.swap(false, Ordering::Relaxed) {
             return;
         }
-        let freshness = K::policy(&self.0.config).freshness(kept.lifetime, kept.age());
         self.count::<K>(Tier::Memory, outcome(freshness, kept.lifetime.negative));
     }
 
@@ -765,13 +771,13 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
             Some(at) if at.elapsed() < self.0.config.revalidate => Ok(at),
             Some(at) => {
                 let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
-                match self.reauthenticate(call, soft).await {
+                match Box::pin(self.reauthenticate(call, soft)).await {
                     Ok(at) => Ok(at),
                     Err(Error::Unauthorized) => Err(Error::Unauthorized),
                     Err(_) => Ok(at),
                 }
             }
-            None => self.reauthenticate(call, call.deadline).await,
+            None => Box::pin(self.reauthenticate(call, call.deadline)).await,
         }
     }
 
@@ -785,16 +791,16 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
             (Subject::Ip(ip), Purpose::Sightings) => key(Resource::Vulnerabilities, ip),
             (Subject::Ip(ip), Purpose::References) => key(Resource::Host, ip),
         });
-        self.read_ahead(first.collect()).await;
+        Box::pin(self.read_ahead(first.collect())).await;
         if purpose == Purpose::Sightings {
             let addresses = subjects.iter().filter_map(|subject| match subject {
                 Subject::Domain(domain) => {
-                    let kept = self.in_memory::<DomainRecord>(&key(Resource::Domain, domain))?;
+                    let (kept, _) = self.in_memory::<DomainRecord>(&key(Resource::Domain, domain))?;
                     Some(key(Resource::Vulnerabilities, &kept.entry::<DomainRecord>()?.record?.ip?))
                 }
                 Subject::Ip(_) => None,
             });
-            self.read_ahead(addresses.collect()).await;
+            Box::pin(self.read_ahead(addresses.collect())).await;
         }
     }
 
@@ -816,6 +822,6 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
 
     fn known_host(&self, call: &Call, ip: IpAddr) -> Option<Arc<HostRecord>> {
         let key = Key::new(&call.tenant, Resource::Host, &ip.to_string());
-        self.in_memory::<HostRecord>(&key)?.entry::<HostRecord>()?.record
+        self.in_memory::<HostRecord>(&key)?.0.entry::<HostRecord>()?.record
     }
 }

@@ -100,9 +100,8 @@ impl<P: CyberScan> Enricher<P> {
     ) -> Findings<Arc<RawValue>> {
         let call = Call { tenant, deadline, priority: Priority::Interactive };
         let asked = Asked::default();
-        let look_ups =
-            observables.iter().map(|observable| self.sightings(&call, &asked, observable, limit)).collect();
-        self.join(&call, observables, Purpose::Sightings, look_ups).await
+        let look_up = |observable| self.sightings(&call, &asked, observable, limit);
+        self.join(&call, observables, Purpose::Sightings, look_up).await
     }
 
     /// A reference for each of `observables` that CyberScan has a page about.
@@ -113,8 +112,8 @@ impl<P: CyberScan> Enricher<P> {
         deadline: Instant,
     ) -> Findings<Reference> {
         let call = Call { tenant, deadline, priority: Priority::Interactive };
-        let look_ups = observables.iter().map(|observable| self.reference(&call, observable)).collect();
-        self.join(&call, observables, Purpose::References, look_ups).await
+        let look_up = |observable| self.reference(&call, observable);
+        self.join(&call, observables, Purpose::References, look_up).await
     }
 
     async fn sightings(
@@ -172,14 +171,17 @@ impl<P: CyberScan> Enricher<P> {
         Ok(findings)
     }
 
-    /// Runs `look_ups` side by side and joins what comes of them, in their order.
-    async fn join<T>(
+    /// Looks all `observables` up side by side and joins what comes of it, in their order.
+    async fn join<'a, T, F>(
         &self,
         call: &Call,
-        observables: &[Observable],
+        observables: &'a [Observable],
         purpose: Purpose,
-        look_ups: Vec<impl Future<Output = Result<Findings<T>, Error>>>,
-    ) -> Findings<T> {
+        look_up: impl Fn(&'a Observable) -> F,
+    ) -> Findings<T>
+    where
+        F: Future<Output = Result<Findings<T>, Error>>,
+    {
         let mut all = Findings::default();
         // Once for all of them: a refused key is one error, not one per observable.
         if let Err(error) = by(call.deadline, self.cyberscan.authenticate(call)).await {
@@ -190,9 +192,10 @@ impl<P: CyberScan> Enricher<P> {
             observables.iter().map(|observable| observable.subject().clone()).collect();
         self.cyberscan.announce(call, &subjects, purpose).await;
         let turns = &Semaphore::new(self.config.concurrency.get());
-        let look_ups = look_ups.into_iter().map(async |look_up| {
+        let look_up = &look_up;
+        let look_ups = observables.iter().map(|observable| async move {
             let _turn = turns.acquire().await;
-            by(call.deadline, look_up).await
+            by(call.deadline, look_up(observable)).await
         });
         for outcome in join_all(look_ups).await {
             match outcome {

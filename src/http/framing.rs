@@ -22,6 +22,7 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::io::poll_read_buf;
 
 /// The longest head, request line and blank line included. hyper's `max_buf_size` must not be less,
 /// or it would refuse a head that passed here.
@@ -392,13 +393,8 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Guard<IO> {
 impl<IO: AsyncRead + Unpin> Guard<IO> {
     /// Reads once from the socket to the end of the buffer.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let held = self.buf.len();
-        self.buf.resize(held + READ_STEP, 0);
-        let mut tail = ReadBuf::new(self.buf.get_mut(held..).unwrap_or_default());
-        let polled = Pin::new(&mut self.io).poll_read(cx, &mut tail);
-        let count = tail.filled().len();
-        self.buf.truncate(held + count);
-        polled.map_ok(|()| count)
+        self.buf.reserve(READ_STEP);
+        poll_read_buf(Pin::new(&mut self.io), cx, &mut self.buf)
     }
 }
 

@@ -1,9 +1,7 @@
 //! `POST /health`: are this tenant's credentials good and CyberScan there, and how much of its quotas is
 //! used?
 
-use std::sync::Arc;
-
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use http::HeaderMap;
 use jiff::{SignedDuration, Timestamp};

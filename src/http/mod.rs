@@ -174,7 +174,8 @@ fn routes<P: CyberScan>(
         .and(on(&[Method::GET, Method::HEAD], "GET, HEAD, OPTIONS"))
         .map(plain::landing)
         .boxed();
-    let routes = health.or(observe).unify().or(refer).unify().or(version).unify();
+    // In the order of how often they are asked for.
+    let routes = observe.or(refer).unify().or(health).unify().or(version).unify();
     routes.or(watchdog).unify().or(landing).unify().recover(refuse).unify()
 }
 

@@ -157,19 +157,48 @@ impl<'de> Deserialize<'de> for Entry {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entry, A::Error> {
                 let (mut kind, mut value, mut unknown) = (Field::Missing, Field::Missing, Vec::new());
                 let mut seen = HashSet::new();
-                while let Some((name, raw)) = map.next_entry::<String, &RawValue>()? {
+                while let Some((name, raw)) = map.next_entry::<Name, &RawValue>()? {
                     number_is_bearable(raw)?;
-                    match name.as_str() {
-                        "type" => kind = field(raw),
-                        "value" => value = field(raw),
-                        _ if seen.insert(name.clone()) => unknown.push(name),
-                        _ => {}
+                    match name {
+                        Name::Kind => kind = field(raw),
+                        Name::Value => value = field(raw),
+                        Name::Unknown(name) if seen.insert(name.clone()) => unknown.push(name),
+                        Name::Unknown(_) => {}
                     }
                 }
                 Ok(Entry::Fields { kind, value, unknown })
             }
         }
         deserializer.deserialize_map(Fields)
+    }
+}
+
+/// The name of a field; only an unknown one is kept.
+enum Name {
+    Kind,
+    Value,
+    Unknown(String),
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl Visitor<'_> for Text {
+            type Value = Name;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a field")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Name, E> {
+                Ok(match name {
+                    "type" => Name::Kind,
+                    "value" => Name::Value,
+                    name => Name::Unknown(name.to_owned()),
+                })
+            }
+        }
+        deserializer.deserialize_str(Text)
     }
 }
 
