@@ -18,6 +18,7 @@ mod command_line;
 mod enrichment;
 mod golden;
 mod limits;
+mod overload;
 mod redis_trouble;
 mod replicas;
 mod routes;

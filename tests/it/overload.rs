@@ -1,0 +1,249 @@
+//! More is asked than may be: quotas hold over processes, neighbours notice nothing, refusals are quick. The
+//! figures are printed (`--nocapture`); `RELAY_TRIAL_SECONDS` makes each phase longer than the few seconds
+//! that tests take.
+
+#![expect(clippy::print_stderr, reason = "the figures are what a long run is for")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use cyberscan_relay::sandbox::{Behaviour, Call, Options, Recorded, Rule, Sandbox};
+use serde_json::{Value, json};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
+
+use crate::{
+    fleet::{PATIENT, RelayProcess, ask},
+    harness::{AUDIENCE, TestRelay, codes, seen},
+    redis::RedisServer,
+};
+
+/// How long a phase of a trial takes.
+#[expect(clippy::disallowed_methods, reason = "a test's own setting, not the relay's")]
+fn phase() -> Duration {
+    let seconds = std::env::var("RELAY_TRIAL_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(6))
+}
+
+/// One question of a steady stream.
+struct Asked {
+    at: Instant,
+    took: Duration,
+    /// The answer's error code, if it is not whole.
+    error: Option<String>,
+}
+
+/// Asks the relays in turn, `rate` times a second for `length`, whether answers come or not, each time about
+/// another address below `net`.
+async fn stream(relays: &[SocketAddr], token: &str, net: u8, rate: u32, length: Duration) -> Vec<Asked> {
+    let mut ticks = interval(Duration::from_secs(1) / rate);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let mut asking = JoinSet::new();
+    for number in 0..rate * u32::try_from(length.as_secs()).unwrap() {
+        ticks.tick().await;
+        let relay = relays[number as usize % relays.len()];
+        let (token, ip) = (token.to_owned(), format!("198.{net}.{}.{}", number / 250 % 250, number % 250));
+        asking.spawn(async move {
+            let at = Instant::now();
+            let answer = ask(relay, &token, &[("ip", &ip)]).await;
+            let error = match &answer {
+                Ok(answer) if seen(answer) == [ip.as_str()] => None,
+                Ok(answer) => Some(codes(answer).first().copied().unwrap_or("nothing").to_owned()),
+                Err(error) => Some(format!("no answer: {error}")),
+            };
+            Asked { at, took: at.elapsed(), error }
+        });
+    }
+    asking.join_all().await
+}
+
+fn whole(asked: &[Asked]) -> impl Iterator<Item = &Asked> {
+    asked.iter().filter(|asked| asked.error.is_none())
+}
+
+/// Below which so many hundredths of them are.
+fn quantile<'a>(asked: impl Iterator<Item = &'a Asked>, hundredths: usize) -> Duration {
+    let mut times: Vec<Duration> = asked.map(|asked| asked.took).collect();
+    times.sort_unstable();
+    times[(times.len() * hundredths / 100).min(times.len() - 1)]
+}
+
+/// The most calls in any span of that length.
+fn most_within(calls: &[Recorded], span: Duration) -> usize {
+    let mut first = 0;
+    let mut most = 0;
+    for (last, call) in calls.iter().enumerate() {
+        while call.when - calls[first].when >= span {
+            first += 1;
+        }
+        most = most.max(last + 1 - first);
+    }
+    most
+}
+
+/// Three relay processes on one Redis.
+struct Replicas {
+    redis: RedisServer,
+    sandbox: Sandbox,
+    relays: Vec<RelayProcess>,
+}
+
+impl Replicas {
+    async fn start(settings: &[(&str, &str)]) -> Self {
+        let redis = RedisServer::process(&[]).await;
+        let sandbox = Sandbox::start(Options::default()).await.unwrap();
+        let url = redis.url();
+        let settings = [settings, &[("RELAY_REDIS_URL", url.as_str()), PATIENT]].concat();
+        let relays = RelayProcess::fleet(3, &sandbox, &settings).await;
+        Self { redis, sandbox, relays }
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
+        self.relays.iter().map(|relay| relay.address).collect()
+    }
+
+    fn token_of(&self, key: &str) -> String {
+        self.sandbox.cyberscan.accept_key(key);
+        let mut claims = self.sandbox.claims(AUDIENCE);
+        claims["api_key"] = json!(key);
+        self.sandbox.issuer.mint(&claims)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_times_the_quota_uses_the_quota_and_no_more() {
+    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "100/s")]).await;
+    let token = fleet.sandbox.token(AUDIENCE);
+    // The window is new and has to grow.
+    sleep(Duration::from_secs(2)).await;
+    fleet.sandbox.cyberscan.reset_counts();
+    let asked = stream(&fleet.addresses(), &token, 18, 1000, phase()).await;
+    let calls = fleet.sandbox.cyberscan.calls();
+    let until = asked.iter().map(|asked| asked.at).min().unwrap() + phase();
+    let within = calls.iter().filter(|call| call.when < until.into()).count();
+    let allowed = 100 * usize::try_from(phase().as_secs()).unwrap();
+    let most = most_within(&calls, Duration::from_secs(1));
+    eprintln!("10x quota: {within} of {allowed} calls used; at most {most} in a second (100)");
+    assert!(most <= 101, "{most} calls in a second");
+    assert!(within * 100 >= allowed * 97, "{within} of {allowed} calls");
+    for asked in asked.iter().filter_map(|asked| asked.error.as_deref()) {
+        assert_eq!(asked, "too many requests");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
+    let mut fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "100/s")]).await;
+    let (token, relays) = (fleet.sandbox.token(AUDIENCE), fleet.addresses());
+    sleep(Duration::from_secs(2)).await;
+    fleet.sandbox.cyberscan.reset_counts();
+    let asking = stream(&relays, &token, 18, 300, phase() * 3);
+    let killing = async {
+        sleep(phase()).await;
+        fleet.redis.kill();
+        sleep(phase()).await;
+        fleet.redis.restart().await;
+    };
+    let (asked, ()) = tokio::join!(asking, killing);
+    let calls = fleet.sandbox.cyberscan.calls();
+    let started = asked.iter().map(|asked| asked.at).min().unwrap();
+    let most = most_within(&calls, Duration::from_secs(1));
+    let away = calls.iter().filter(|call| {
+        let at = call.when.duration_since(started.into());
+        (phase()..phase() * 2).contains(&at)
+    });
+    let (away, allowed) = (away.count(), 100 * usize::try_from(phase().as_secs()).unwrap());
+    eprintln!("redis killed: at most {most} in a second (100); {away} of {allowed} calls while it was away");
+    assert!(most <= 101, "{most} calls in a second");
+    // Three shares of 0.3, once what Redis had granted has left the window.
+    assert!(away > 0, "closed while Redis was away");
+    assert!(asked.iter().all(|asked| matches!(asked.error.as_deref(), None | Some("too many requests"))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_at_a_hundred_times_its_quota_is_no_bother_to_another() {
+    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "5/s, 10000/h")]).await;
+    fleet.sandbox.cyberscan.latency(Duration::from_millis(100));
+    let (loud, quiet, relays) = (fleet.token_of("loud"), fleet.token_of("quiet"), fleet.addresses());
+    for token in [&loud, &quiet] {
+        for relay in &relays {
+            ask(*relay, token, &[("ip", "203.0.113.10")]).await.unwrap();
+        }
+    }
+    // The hour's window is new; both have to be let grow.
+    sleep(Duration::from_secs(3)).await;
+    let alone = stream(&relays, &quiet, 18, 2, phase()).await;
+    let (storm, beside) = tokio::join!(
+        stream(&relays, &loud, 19, 300, phase()),
+        stream(&relays, &quiet, 19, 2, phase())
+    );
+    let (alone_p99, beside_p99) = (quantile(alone.iter(), 99), quantile(beside.iter(), 99));
+    eprintln!(
+        "noisy neighbour: p99 {alone_p99:?} alone, {beside_p99:?} beside {} calls of which {} refused",
+        storm.len(),
+        storm.iter().filter(|asked| asked.error.is_some()).count()
+    );
+    let errors: Vec<&String> = alone.iter().chain(&beside).filter_map(|asked| asked.error.as_ref()).collect();
+    assert!(errors.is_empty(), "{errors:?}");
+    assert!(storm.iter().any(|asked| asked.error.as_deref() == Some("too many requests")));
+    // Waiting for the other's calls would be a second at least.
+    assert!(beside_p99 < Duration::from_millis(700), "{beside_p99:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
+    let sandbox = Sandbox::start(Options::default()).await.unwrap();
+    let settings = [("RELAY_SERVER_MAX_IN_FLIGHT", "8"), ("RELAY_LIMITER_CONCURRENCY", "64")];
+    let relay = RelayProcess::start(&sandbox, &settings).await;
+    sandbox.cyberscan.latency(Duration::from_millis(200));
+    let (token, relays) = (sandbox.token(AUDIENCE), [relay.address]);
+    ask(relay.address, &token, &[("ip", "203.0.113.10")]).await.unwrap();
+    let seconds = phase().as_secs_f64();
+    // At most 40 answers a second: eight at once, a fifth of a second each.
+    let peak = stream(&relays, &token, 18, 36, phase()).await;
+    let over = stream(&relays, &token, 19, 400, phase()).await;
+    let after = stream(&relays, &token, 18, 30, Duration::from_secs(3)).await;
+    let rate = |asked: &[Asked]| whole(asked).count() as f64 / seconds;
+    let refused = || over.iter().filter(|asked| asked.error.as_deref() == Some("too many requests"));
+    let (goodput, at_peak) = (rate(&over), rate(&peak));
+    let refusal = quantile(refused(), 99);
+    eprintln!(
+        "overload: {goodput:.1}/s of {at_peak:.1}/s at peak; refusals {} in {refusal:?} (p99); answers {:?} (p99)",
+        refused().count(),
+        quantile(whole(&over), 99)
+    );
+    assert!(goodput >= 0.9 * at_peak, "{goodput} of {at_peak}");
+    assert!(refusal < Duration::from_millis(150), "{refusal:?}");
+    assert_eq!(whole(&over).count() + refused().count(), over.len());
+    let last = after.iter().filter(|asked| asked.at > after[0].at + Duration::from_secs(1));
+    assert_eq!(last.filter(|asked| asked.error.is_some()).count(), 0, "not back to normal");
+}
+
+#[tokio::test]
+async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
+    let relay = TestRelay::with(&[("RELAY_CYBERSCAN_TIMEOUT", "1s"), ("RELAY_LIMITER_CONCURRENCY", "64")]).await;
+    relay.observe(&[("ip", "203.0.113.10")]).await;
+    relay.sandbox.cyberscan.script(Rule::any().does(Behaviour::Hang));
+    let token = relay.token();
+    let timed = async |net: u8, number: usize| {
+        let ip = format!("198.{net}.0.{number}");
+        let started = Instant::now();
+        let answer: Value = ask(relay.address, &token, &[("ip", &ip)]).await.unwrap();
+        assert!(answer.get("data").is_none(), "{answer}");
+        assert_eq!(codes(&answer).len(), 1, "{answer}");
+        started.elapsed()
+    };
+    let first = futures_util::future::join_all((0..10).map(|number| timed(18, number))).await;
+    let slowest = first.iter().max().unwrap();
+    relay.sandbox.cyberscan.reset_counts();
+    let mut later = Vec::new();
+    for number in 0..40 {
+        later.push(timed(19, number).await);
+    }
+    later.sort_unstable();
+    eprintln!("black hole: first answers {slowest:?} at most, then {:?} (median), {:?} (most)", later[20], later[39]);
+    assert!(*slowest < Duration::from_secs(2), "{slowest:?}");
+    assert!(later[20] < Duration::from_millis(100), "{:?}", later[20]);
+    assert!(relay.sandbox.cyberscan.count(Call::Vulnerabilities) <= 1, "a probe at most");
+}
