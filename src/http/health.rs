@@ -54,7 +54,7 @@ async fn check<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
 ) -> Result<Health, ErrorItem> {
-    let _seat = relay.seat()?;
+    let _place = relay.place()?;
     let due = relay.enricher.due();
     let authorized = relay.authorize(headers, peer).await?;
     let quotas = relay.enricher.check(authorized.tenant?, due).await?;

@@ -5,6 +5,7 @@
 //! the platform turns anything else into an opaque failure. Faults of HTTP itself keep their 4xx.
 
 mod body;
+mod bulkhead;
 mod error_reply;
 pub(crate) mod framing;
 mod health;
@@ -15,8 +16,6 @@ mod refer;
 pub mod server;
 
 use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
-
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream};
@@ -34,6 +33,7 @@ use crate::{
     enrich::Enricher,
 };
 use body::Limits;
+use bulkhead::{Bulkhead, Place};
 use server::Peer;
 
 /// Settings `server.*`.
@@ -45,7 +45,8 @@ pub struct Config {
     pub body_limit: usize,
     /// `server.body_timeout`: how long a body may take to arrive.
     pub body_timeout: Duration,
-    /// `server.max_in_flight`: requests of relay routes under way at once; more are refused at once.
+    /// `server.max_in_flight`: requests of relay routes under way at once, three quarters of
+    /// them of one tenant; more are refused at once.
     pub max_in_flight: usize,
 }
 
@@ -55,8 +56,7 @@ pub struct Relay<P> {
     enricher: Enricher<P>,
     limits: Limits,
     clock: Clock,
-    /// One for each request under way.
-    seats: Arc<Semaphore>,
+    bulkhead: Bulkhead,
 }
 
 impl<P> Clone for Relay<P> {
@@ -66,7 +66,7 @@ impl<P> Clone for Relay<P> {
             enricher: self.enricher.clone(),
             limits: self.limits,
             clock: self.clock,
-            seats: Arc::clone(&self.seats),
+            bulkhead: self.bulkhead.clone(),
         }
     }
 }
@@ -76,13 +76,13 @@ impl<P: CyberScan> Relay<P> {
     #[must_use]
     pub fn new(authenticator: Authenticator, enricher: Enricher<P>, clock: Clock, config: &Config) -> Self {
         let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
-        let seats = Arc::new(Semaphore::new(config.max_in_flight));
-        Self { authenticator, enricher, limits, clock, seats }
+        let bulkhead = Bulkhead::new(config.max_in_flight);
+        Self { authenticator, enricher, limits, clock, bulkhead }
     }
 
-    /// A place among the requests under way: better to refuse a few at once than to keep all waiting.
-    fn seat(&self) -> Result<SemaphorePermit<'_>, ErrorItem> {
-        self.seats.try_acquire().map_err(|_| error_reply::busy())
+    /// A place among the requests under way.
+    fn place(&self) -> Result<Place, ErrorItem> {
+        self.bulkhead.take().ok_or_else(error_reply::busy)
     }
 
     async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {

@@ -47,12 +47,14 @@ async fn sightings<P: CyberScan>(
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Result<Findings<Arc<RawValue>>, ErrorItem> {
-    let _seat = relay.seat()?;
+    let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
         return Ok(Findings::default());
     }
-    Ok(relay.enricher.observe(authorized.tenant?, &observables, authorized.entities_limit, due).await)
+    let tenant = authorized.tenant?;
+    let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
+    Ok(relay.enricher.observe(tenant, &observables, authorized.entities_limit, due).await)
 }

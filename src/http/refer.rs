@@ -34,12 +34,14 @@ async fn references<P: CyberScan>(
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Result<Findings<Reference>, ErrorItem> {
-    let _seat = relay.seat()?;
+    let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
         return Ok(Findings::default());
     }
-    Ok(relay.enricher.refer(authorized.tenant?, &observables, due).await)
+    let tenant = authorized.tenant?;
+    let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
+    Ok(relay.enricher.refer(tenant, &observables, due).await)
 }

@@ -59,8 +59,10 @@ pub struct Config {
 }
 
 /// Calls asked for at once, at most: the fewer, the finer tenants take turns.
-const BATCH: u32 = 16;
+const BATCH: usize = 16;
 const SHARED_BATCH: u32 = 4;
+/// How long a queue must have been busy before its pace tells how long others will wait.
+const PACE: Duration = Duration::from_secs(1);
 /// Tenants that are remembered, and how long without a call.
 const TENANTS: u64 = 10_000;
 const IDLE: Duration = Duration::from_secs(26 * 3600);
@@ -104,13 +106,15 @@ struct Tenant {
 
 /// Someone who waits for a call.
 struct Waiter {
-    granter: oneshot::Sender<Result<(), Error>>,
+    granter: oneshot::Sender<Result<Permit, Error>>,
     deadline: Instant,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Waiter>,
+    /// Since when there has been somebody waiting, and how many calls have been granted since.
+    busy: Option<(Instant, u32)>,
     /// A task is serving the queue.
     served: bool,
     /// No call can be granted before.
@@ -157,7 +161,7 @@ impl Limiter {
     }
 
     /// Waits for a turn in the tenant's queue, unless it would come too late.
-    async fn turn(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
+    async fn turn(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<Permit, Error> {
         let granted = {
             let mut queue = lock(&tenant.queue);
             queue.waiting.retain(|waiter| !waiter.granter.is_closed());
@@ -169,6 +173,7 @@ impl Limiter {
             let (granter, granted) = oneshot::channel();
             queue.waiting.push_back(Waiter { granter, deadline });
             if !std::mem::replace(&mut queue.served, true) {
+                queue.busy = Some((Instant::now(), 0));
                 let (this, tenant) = (self.clone(), Arc::clone(tenant));
                 self.0.tasks.spawn(async move { this.serve(&tenant).await });
             }
@@ -183,7 +188,8 @@ impl Limiter {
         }
     }
 
-    /// The least time that must pass before someone with `ahead` others before them can go.
+    /// How long someone with `ahead` others before them has to wait: what the windows allow at best, or what
+    /// this replica has been getting of them lately, if that is less.
     fn wait_behind(&self, queue: &Queue, ahead: usize) -> Duration {
         let now = Instant::now();
         let next = [queue.next, queue.paused].into_iter().flatten().max();
@@ -193,23 +199,37 @@ impl Limiter {
             let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
             window.per.saturating_mul(rounds)
         });
-        until + whole.max().unwrap_or_default()
+        let at_best = until + whole.max().unwrap_or_default();
+        match queue.busy {
+            Some((since, calls)) if calls > 0 && now - since > PACE => {
+                let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+                at_best.max((now - since).saturating_mul(ahead) / calls)
+            }
+            _ => at_best,
+        }
     }
 
     /// Grants calls to those who wait, in their order, until nobody does.
     async fn serve(&self, tenant: &Tenant) {
-        loop {
-            let wanted = {
+        // A slot first: who has been granted a call should not wait any more.
+        while let Ok(slot) = Arc::clone(&tenant.slots).acquire_owned().await {
+            let mut slots = vec![slot];
+            {
                 let mut queue = lock(&tenant.queue);
                 queue.waiting.retain(|waiter| !waiter.granter.is_closed());
                 if queue.waiting.is_empty() {
-                    queue.served = false;
+                    (queue.served, queue.busy) = (false, None);
                     return;
                 }
-                u32::try_from(queue.waiting.len()).unwrap_or(u32::MAX)
-            };
+                while slots.len() < queue.waiting.len().min(BATCH)
+                    && let Ok(slot) = Arc::clone(&tenant.slots).try_acquire_owned()
+                {
+                    slots.push(slot);
+                }
+            }
+            let wanted = u32::try_from(slots.len()).unwrap_or(u32::MAX);
             let grant = self.take_in_turn(tenant, wanted).await;
-            self.hand_out(tenant, &grant);
+            self.hand_out(tenant, &grant, slots);
             if grant.calls == 0 {
                 sleep(grant.wait.max(Duration::from_millis(1))).await;
             }
@@ -220,7 +240,7 @@ impl Limiter {
     /// tenants have theirs, in the order they came.
     async fn take_in_turn(&self, tenant: &Tenant, wanted: u32) -> Grant {
         if self.0.fleet.windows.is_empty() {
-            return self.take(tenant, wanted.min(BATCH), 0.0).await;
+            return self.take(tenant, wanted, 0.0).await;
         }
         let _turn = self.0.turn.lock().await;
         loop {
@@ -228,25 +248,36 @@ impl Limiter {
             if grant.calls > 0 || !grant.fleet_exhausted {
                 return grant;
             }
-            self.hand_out(tenant, &grant);
+            self.hand_out(tenant, &grant, Vec::new());
             sleep(grant.wait.max(Duration::from_millis(1))).await;
         }
     }
 
     /// Wakes those a call was granted to, and those who could not be served in time any more.
-    fn hand_out(&self, tenant: &Tenant, grant: &Grant) {
+    fn hand_out(&self, tenant: &Tenant, grant: &Grant, mut slots: Vec<OwnedSemaphorePermit>) {
         let mut queue = lock(&tenant.queue);
-        let mut left = grant.calls;
-        while left > 0
+        slots.truncate(grant.calls as usize);
+        let now = Instant::now();
+        if let Some((since, calls)) = &mut queue.busy {
+            *calls = calls.saturating_add(grant.calls);
+            // What is long ago counts less and less.
+            if now - *since > 10 * PACE {
+                (*since, *calls) = (now - (now - *since) / 2, *calls / 2);
+            }
+        }
+        while let Some(slot) = slots.pop()
             && let Some(waiter) = queue.waiting.pop_front()
         {
             // Who has left in the meantime leaves the call to the next one.
-            left -= u32::from(waiter.granter.send(Ok(())).is_ok());
+            if let Err(Ok(Permit { _slot: slot })) = waiter.granter.send(Ok(Permit { _slot: slot })) {
+                slots.push(slot);
+            }
         }
-        let now = Instant::now();
         queue.next = (!grant.wait.is_zero()).then(|| now + grant.wait);
         if grant.paused {
             queue.paused = Some(now + grant.wait);
+            // A pause says nothing about the pace.
+            queue.busy = Some((now, 0));
         }
         let waiting = std::mem::take(&mut queue.waiting);
         for waiter in waiting {
@@ -351,31 +382,32 @@ impl Admission for Limiter {
         {
             return Err(refused(pause));
         }
-        // The slot first: a call that has been granted should not wait any more.
-        let slots = Arc::clone(&tenant.slots);
-        let slot = match call.priority {
-            Priority::Prefetch => slots.try_acquire_owned().map_err(|_| refused(FIRST_PAUSE))?,
-            Priority::Interactive => match timeout_at(call.deadline, slots.acquire_owned()).await {
-                Ok(slot) => slot.map_err(|_| Error::Lost)?,
-                Err(_) => return Err(refused(FIRST_PAUSE)),
-            },
-        };
-        if self.limited() || self.0.shared.is_some() || tenant.paused().is_some() {
-            match call.priority {
-                Priority::Interactive => self.turn(&tenant, call.deadline).await?,
-                Priority::Prefetch => {
-                    let queued = !lock(&tenant.queue).waiting.is_empty();
-                    let grant =
-                        if queued { None } else { Some(self.take(&tenant, 1, self.0.config.reserve).await) };
-                    match grant {
-                        Some(Grant { calls: 1.., .. }) => {}
-                        Some(Grant { wait, .. }) => return Err(refused(wait)),
-                        None => return Err(refused(FIRST_PAUSE)),
+        let metered = self.limited() || self.0.shared.is_some() || tenant.paused().is_some();
+        match call.priority {
+            Priority::Interactive => {
+                if !metered
+                    && lock(&tenant.queue).waiting.is_empty()
+                    && let Ok(slot) = Arc::clone(&tenant.slots).try_acquire_owned()
+                {
+                    return Ok(Permit { _slot: slot });
+                }
+                self.turn(&tenant, call.deadline).await
+            }
+            Priority::Prefetch => {
+                if !lock(&tenant.queue).waiting.is_empty() {
+                    return Err(refused(FIRST_PAUSE));
+                }
+                let slot = Arc::clone(&tenant.slots).try_acquire_owned();
+                let slot = slot.map_err(|_| refused(FIRST_PAUSE))?;
+                if metered {
+                    let grant = self.take(&tenant, 1, self.0.config.reserve).await;
+                    if grant.calls == 0 {
+                        return Err(refused(grant.wait));
                     }
                 }
+                Ok(Permit { _slot: slot })
             }
         }
-        Ok(Permit { _slot: slot })
     }
 
     async fn answered(&self, call: &Call, pace: Pace) {

@@ -16,13 +16,15 @@ for key = 2, #KEYS do
   local at = 3 * (key - 1)
   local limit, per, debt = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
   local part = math.floor(per / 100)
+  -- Leaving parts that count in full: calls do not arrive the moment they are granted.
+  local leaving = per > 1000000 and 1 or 2
   local number = math.floor(now / part)
   local fields = redis.call('HGETALL', KEYS[key])
   local born, used, oldest = nil, 0, nil
   for field = 1, #fields, 2 do
     if fields[field] == 'b' then
       born = tonumber(fields[field + 1])
-    elseif tonumber(fields[field]) < number - 100 then
+    elseif tonumber(fields[field]) <= number - 100 - leaving then
       redis.call('HDEL', KEYS[key], fields[field])
     else
       used = used + tonumber(fields[field + 1])
@@ -41,7 +43,7 @@ for key = 2, #KEYS do
   local ceiling = math.min(limit, math.max(1, math.floor(limit / 100)) + math.floor(limit * math.max(0, now - born) / per))
   local free = math.max(0, ceiling - used - math.floor(limit * leave))
   granted = math.min(granted, free)
-  windows[key] = {part = part, number = number, used = used, oldest = oldest, ceiling = ceiling, limit = limit, per = per, free = free}
+  windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, limit = limit, per = per, free = free}
 end
 
 local wait = math.max(0, paused) * 1000
@@ -53,7 +55,7 @@ for key = 2, #KEYS do
     window.oldest = window.oldest or window.number
   end
   if window.free - granted < 1 then
-    local leaves = window.oldest and (window.oldest + 101) * window.part - now or window.per
+    local leaves = window.oldest and (window.oldest + 100 + window.leaving) * window.part - now or window.per
     local grows = window.ceiling < window.limit and math.ceil(window.per / window.limit) or leaves
     wait = math.max(wait, math.min(leaves, grows))
   end

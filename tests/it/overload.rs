@@ -2,8 +2,6 @@
 //! figures are printed (`--nocapture`); `RELAY_TRIAL_SECONDS` makes each phase longer than the few seconds
 //! that tests take.
 
-#![expect(clippy::print_stderr, reason = "the figures are what a long run is for")]
-
 use std::{net::SocketAddr, time::Duration};
 
 use cyberscan_relay::sandbox::{Behaviour, Call, Options, Recorded, Rule, Sandbox};
@@ -113,19 +111,19 @@ impl Replicas {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_the_quota_uses_the_quota_and_no_more() {
-    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "100/s")]).await;
+    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "40/s")]).await;
     let token = fleet.sandbox.token(AUDIENCE);
     // The window is new and has to grow.
     sleep(Duration::from_secs(2)).await;
     fleet.sandbox.cyberscan.reset_counts();
-    let asked = stream(&fleet.addresses(), &token, 18, 1000, phase()).await;
+    let asked = stream(&fleet.addresses(), &token, 18, 400, phase()).await;
     let calls = fleet.sandbox.cyberscan.calls();
     let until = asked.iter().map(|asked| asked.at).min().unwrap() + phase();
-    let within = calls.iter().filter(|call| call.when < until.into()).count();
-    let allowed = 100 * usize::try_from(phase().as_secs()).unwrap();
+    let within = calls.iter().filter(|call| call.when < until).count();
+    let allowed = 40 * usize::try_from(phase().as_secs()).unwrap();
     let most = most_within(&calls, Duration::from_secs(1));
-    eprintln!("10x quota: {within} of {allowed} calls used; at most {most} in a second (100)");
-    assert!(most <= 101, "{most} calls in a second");
+    eprintln!("10x quota: {within} of {allowed} calls used; at most {most} in a second (40)");
+    assert!(most <= 40, "{most} calls in a second");
     assert!(within * 100 >= allowed * 97, "{within} of {allowed} calls");
     for asked in asked.iter().filter_map(|asked| asked.error.as_deref()) {
         assert_eq!(asked, "too many requests");
@@ -134,11 +132,11 @@ async fn ten_times_the_quota_uses_the_quota_and_no_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
-    let mut fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "100/s")]).await;
+    let mut fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "40/s")]).await;
     let (token, relays) = (fleet.sandbox.token(AUDIENCE), fleet.addresses());
     sleep(Duration::from_secs(2)).await;
     fleet.sandbox.cyberscan.reset_counts();
-    let asking = stream(&relays, &token, 18, 300, phase() * 3);
+    let asking = stream(&relays, &token, 18, 120, phase() * 3);
     let killing = async {
         sleep(phase()).await;
         fleet.redis.kill();
@@ -150,12 +148,12 @@ async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
     let started = asked.iter().map(|asked| asked.at).min().unwrap();
     let most = most_within(&calls, Duration::from_secs(1));
     let away = calls.iter().filter(|call| {
-        let at = call.when.duration_since(started.into());
+        let at = call.when.duration_since(started);
         (phase()..phase() * 2).contains(&at)
     });
-    let (away, allowed) = (away.count(), 100 * usize::try_from(phase().as_secs()).unwrap());
-    eprintln!("redis killed: at most {most} in a second (100); {away} of {allowed} calls while it was away");
-    assert!(most <= 101, "{most} calls in a second");
+    let (away, allowed) = (away.count(), 40 * usize::try_from(phase().as_secs()).unwrap());
+    eprintln!("redis killed: at most {most} in a second (40); {away} of {allowed} calls while it was away");
+    assert!(most <= 40, "{most} calls in a second");
     // Three shares of 0.3, once what Redis had granted has left the window.
     assert!(away > 0, "closed while Redis was away");
     assert!(asked.iter().all(|asked| matches!(asked.error.as_deref(), None | Some("too many requests"))));
@@ -174,10 +172,8 @@ async fn a_tenant_at_a_hundred_times_its_quota_is_no_bother_to_another() {
     // The hour's window is new; both have to be let grow.
     sleep(Duration::from_secs(3)).await;
     let alone = stream(&relays, &quiet, 18, 2, phase()).await;
-    let (storm, beside) = tokio::join!(
-        stream(&relays, &loud, 19, 300, phase()),
-        stream(&relays, &quiet, 19, 2, phase())
-    );
+    let (storm, beside) =
+        tokio::join!(stream(&relays, &loud, 19, 300, phase()), stream(&relays, &quiet, 19, 2, phase()));
     let (alone_p99, beside_p99) = (quantile(alone.iter(), 99), quantile(beside.iter(), 99));
     eprintln!(
         "noisy neighbour: p99 {alone_p99:?} alone, {beside_p99:?} beside {} calls of which {} refused",
@@ -194,13 +190,13 @@ async fn a_tenant_at_a_hundred_times_its_quota_is_no_bother_to_another() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
     let sandbox = Sandbox::start(Options::default()).await.unwrap();
-    let settings = [("RELAY_SERVER_MAX_IN_FLIGHT", "8"), ("RELAY_LIMITER_CONCURRENCY", "64")];
+    let settings = [("RELAY_SERVER_MAX_IN_FLIGHT", "10"), ("RELAY_LIMITER_CONCURRENCY", "64")];
     let relay = RelayProcess::start(&sandbox, &settings).await;
     sandbox.cyberscan.latency(Duration::from_millis(200));
     let (token, relays) = (sandbox.token(AUDIENCE), [relay.address]);
     ask(relay.address, &token, &[("ip", "203.0.113.10")]).await.unwrap();
     let seconds = phase().as_secs_f64();
-    // At most 40 answers a second: eight at once, a fifth of a second each.
+    // At most 40 answers a second: eight at once of one tenant, a fifth of a second each.
     let peak = stream(&relays, &token, 18, 36, phase()).await;
     let over = stream(&relays, &token, 19, 400, phase()).await;
     let after = stream(&relays, &token, 18, 30, Duration::from_secs(3)).await;
@@ -222,7 +218,8 @@ async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
 
 #[tokio::test]
 async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
-    let relay = TestRelay::with(&[("RELAY_CYBERSCAN_TIMEOUT", "1s"), ("RELAY_LIMITER_CONCURRENCY", "64")]).await;
+    let relay =
+        TestRelay::with(&[("RELAY_CYBERSCAN_TIMEOUT", "1s"), ("RELAY_LIMITER_CONCURRENCY", "64")]).await;
     relay.observe(&[("ip", "203.0.113.10")]).await;
     relay.sandbox.cyberscan.script(Rule::any().does(Behaviour::Hang));
     let token = relay.token();
@@ -242,7 +239,10 @@ async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
         later.push(timed(19, number).await);
     }
     later.sort_unstable();
-    eprintln!("black hole: first answers {slowest:?} at most, then {:?} (median), {:?} (most)", later[20], later[39]);
+    eprintln!(
+        "black hole: first answers {slowest:?} at most, then {:?} (median), {:?} (most)",
+        later[20], later[39]
+    );
     assert!(*slowest < Duration::from_secs(2), "{slowest:?}");
     assert!(later[20] < Duration::from_millis(100), "{:?}", later[20]);
     assert!(relay.sandbox.cyberscan.count(Call::Vulnerabilities) <= 1, "a probe at most");
