@@ -1,52 +1,126 @@
 //! What is counted. It owns the names, the closed sets of labels and the registry; it must not know
-//! why anything is counted. The number of series is constant whatever clients send.
+//! why anything is counted. Every series exists from the start, so their number is constant whatever
+//! clients send.
 
-use std::{fmt::Debug, sync::Arc};
+use std::{marker::PhantomData, ops::Deref, sync::Arc};
 
-use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, proto::MetricFamily,
+};
 
-/// All counters of the process; a cheap clone.
-#[derive(Clone)]
-pub struct Metrics(Arc<Families>);
+/// A closed set of values of one label.
+pub trait Label: Copy + 'static {
+    /// Every value, in the order of [`Label::index`].
+    const ALL: &'static [Self];
 
-struct Families {
-    registry: Registry,
-    cache_lookups: IntCounterVec,
-    /// Each child of it, resource by resource, tier by tier: look-ups are counted several times a request.
-    cache_lookup: Vec<IntCounter>,
-    cache_rejected: IntCounterVec,
-    flights: IntCounterVec,
-    redis_operations: IntCounterVec,
-    redis_duration: HistogramVec,
-    dependency_up: IntGaugeVec,
-}
+    /// Its place in [`Label::ALL`].
+    fn index(self) -> usize;
 
-/// A closed set of label values.
-pub trait Label: Copy + Debug {
     /// The value as it stands in logs and metrics.
     fn as_str(self) -> &'static str;
 }
 
 macro_rules! labels {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident => $text:literal,)* }) => {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident => $text:literal,)* })*) => {$(
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $name { $($(#[$variant_doc])* $variant,)* }
 
-        impl $name {
-            /// Every value.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
-        }
-
         impl Label for $name {
+            const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            fn index(self) -> usize {
+                self as usize
+            }
+
             fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }
             }
         }
-    };
+    )*};
 }
 
-labels!(
+labels! {
+    /// Who is spoken to.
+    Endpoint {
+        /// `POST /observe/observables`
+        Observe => "observe",
+        /// `POST /refer/observables`
+        Refer => "refer",
+        /// `POST /health`
+        Health => "health",
+        /// Anything else.
+        Other => "other",
+    }
+    /// What a request came to.
+    Answered {
+        /// An answer without an error.
+        Whole => "ok",
+        /// An answer, and errors beside it.
+        Partial => "partial",
+        /// Errors only.
+        Failed => "error",
+    }
+    /// The `code` of an error item.
+    ErrorCode {
+        /// Who asks is not authorized.
+        Authorization => "authorization error",
+        /// The request is malformed.
+        InvalidArgument => "invalid argument",
+        /// No connection to CyberScan.
+        Connection => "connection error",
+        /// A certificate that is not accepted.
+        Unknown => "unknown",
+        /// A quota is used up, or the relay has enough to do.
+        TooManyRequests => "too many requests",
+        /// CyberScan is in trouble.
+        Unavailable => "service unavailable",
+        /// CyberScan was too slow.
+        Timeout => "request timeout",
+        /// CyberScan answered something odd.
+        Unexpected => "unexpected response",
+        /// A bug of ours.
+        Internal => "internal error",
+        /// A warning: the answer is old.
+        Stale => "stale data",
+        /// A warning: the answer is cut short.
+        LeftOut => "too-many-messages-warning",
+    }
+    /// What came of verifying a token.
+    Verdict {
+        /// It is good.
+        Good => "ok",
+        /// There is none.
+        MissingHeader => "missing_header",
+        /// The header is not a bearer token.
+        WrongScheme => "wrong_scheme",
+        /// It is no JWT.
+        Malformed => "malformed",
+        /// It names no key issuer.
+        MissingIssuer => "missing_issuer",
+        /// Its key issuer is not allowed or silent.
+        WrongIssuer => "wrong_issuer",
+        /// Its key is not known.
+        UnknownKey => "unknown_key",
+        /// Its signature is wrong.
+        WrongSignature => "wrong_signature",
+        /// It has expired.
+        Expired => "expired",
+        /// It is not valid yet.
+        NotYetValid => "not_yet_valid",
+        /// It is meant for somebody else.
+        WrongAudience => "wrong_audience",
+        /// It names no key or host.
+        MissingClaims => "missing_claims",
+    }
+    /// Whether something worked.
+    Success {
+        /// It did.
+        Ok => "ok",
+        /// It did not.
+        Failed => "error",
+    }
     /// What is cached.
     Resource {
         /// A domain's record.
@@ -56,8 +130,6 @@ labels!(
         /// An address's vulnerabilities.
         Vulnerabilities => "vulnerabilities",
     }
-);
-labels!(
     /// Where an answer was looked for.
     Tier {
         /// This process's memory.
@@ -67,8 +139,6 @@ labels!(
         /// CyberScan itself.
         Upstream => "upstream",
     }
-);
-labels!(
     /// What a look-up in a tier came to. Look-ups are the sum of all outcomes.
     Outcome {
         /// An answer within its freshness.
@@ -82,8 +152,6 @@ labels!(
         /// The tier failed.
         Error => "error",
     }
-);
-labels!(
     /// Why a value from Redis was not believed.
     Rejection {
         /// It is not in a form this version knows.
@@ -97,8 +165,6 @@ labels!(
         /// It does not decode.
         Corrupt => "corrupt",
     }
-);
-labels!(
     /// How a fill came to its value.
     Flight {
         /// It asked CyberScan.
@@ -108,8 +174,104 @@ labels!(
         /// It waited for another replica.
         Follower => "follower",
     }
-);
-labels!(
+    /// What CyberScan is asked.
+    UpstreamCall {
+        /// An access token.
+        Token => "token",
+        /// A domain's record.
+        Domain => "domain",
+        /// An address's record.
+        Host => "host",
+        /// An address's vulnerabilities.
+        Vulnerabilities => "vulnerabilities",
+    }
+    /// What CyberScan's answer was.
+    UpstreamOutcome {
+        /// An answer.
+        Ok => "ok",
+        /// "Not known" (404).
+        NotFound => "not_found",
+        /// Refused (401, 403).
+        Unauthorized => "unauthorized",
+        /// Too fast (429).
+        Throttled => "throttled",
+        /// In trouble (5xx).
+        Unavailable => "unavailable",
+        /// Something else.
+        Unexpected => "unexpected",
+        /// No connection.
+        Unreachable => "unreachable",
+        /// A certificate that is not accepted.
+        Untrusted => "untrusted",
+        /// None in time.
+        Timeout => "timeout",
+    }
+    /// Whose quota.
+    QuotaScope {
+        /// A tenant's own.
+        Tenant => "tenant",
+        /// That of all tenants together.
+        Fleet => "fleet",
+    }
+    /// How urgent a call is.
+    Urgency {
+        /// Someone waits.
+        Interactive => "interactive",
+        /// Nobody waits.
+        Prefetch => "prefetch",
+    }
+    /// What the limiter says to a call.
+    Decision {
+        /// Go.
+        Granted => "granted",
+        /// Not now.
+        Refused => "refused",
+    }
+    /// The length of a quota's window.
+    QuotaWindow {
+        /// A second.
+        Second => "second",
+        /// A minute.
+        Minute => "minute",
+        /// An hour.
+        Hour => "hour",
+        /// A day.
+        Day => "day",
+    }
+    /// How a host's circuit breaker stands.
+    BreakerState {
+        /// Calls go through.
+        Closed => "closed",
+        /// Calls fail at once.
+        Open => "open",
+        /// One call is let through.
+        HalfOpen => "half_open",
+    }
+    /// What became of an answer that could be fetched ahead.
+    Prefetch {
+        /// It is worth it and was put on the schedule.
+        Scheduled => "scheduled",
+        /// It was due and this replica took it on.
+        Claimed => "claimed",
+        /// It was fetched.
+        Refreshed => "refreshed",
+        /// Somebody had fetched it already.
+        Unneeded => "unneeded",
+        /// It was served after it had been fetched ahead.
+        Useful => "useful",
+        /// It ended without having been served.
+        Wasted => "wasted",
+        /// The tenant's budget for prefetching is used up.
+        OverBudget => "refused_budget",
+        /// The limiter keeps the rest of the quota for who waits.
+        Limited => "refused_limiter",
+        /// The tenant's key is not at hand, or refused.
+        NoCredentials => "refused_credentials",
+        /// The host is left alone.
+        Resting => "refused_breaker",
+        /// CyberScan did not answer.
+        Failed => "failed",
+    }
     /// What Redis is used for.
     Operation {
         /// Reading values.
@@ -124,11 +286,11 @@ labels!(
         Quota => "quota",
         /// Telling and hearing of changes.
         Events => "events",
+        /// What was asked for lately and is due.
+        Schedule => "schedule",
         /// Whether it is there.
         Probe => "probe",
     }
-);
-labels!(
     /// What came of an operation.
     RedisOutcome {
         /// It worked.
@@ -142,7 +304,286 @@ labels!(
         /// It was not tried, because Redis has been failing.
         Skipped => "skipped",
     }
-);
+}
+
+/// The values of all labels of a family.
+pub trait Labels: Copy + 'static {
+    /// How many combinations there are.
+    const COUNT: usize;
+
+    /// The place of this one among them.
+    fn index(self) -> usize;
+
+    /// Every combination, in the order of [`Labels::index`], as text.
+    fn each() -> Vec<Vec<&'static str>>;
+}
+
+impl Labels for () {
+    const COUNT: usize = 1;
+
+    fn index(self) -> usize {
+        0
+    }
+
+    fn each() -> Vec<Vec<&'static str>> {
+        vec![Vec::new()]
+    }
+}
+
+macro_rules! combinations {
+    ($first:ident $(, $rest:ident)*) => {
+        impl<$first: Label, $($rest: Label),*> Labels for ($first, $($rest,)*) {
+            const COUNT: usize = $first::ALL.len() * <($($rest,)*)>::COUNT;
+
+            fn index(self) -> usize {
+                #[expect(non_snake_case, reason = "the variables are named after the type parameters")]
+                let ($first, $($rest,)*) = self;
+                $first.index() * <($($rest,)*)>::COUNT + ($($rest,)*).index()
+            }
+
+            fn each() -> Vec<Vec<&'static str>> {
+                let rest = <($($rest,)*)>::each();
+                let with = |first: &$first| {
+                    let first = first.as_str();
+                    rest.iter().map(move |rest| [vec![first], rest.clone()].concat()).collect::<Vec<_>>()
+                };
+                $first::ALL.iter().flat_map(with).collect()
+            }
+        }
+    };
+}
+
+combinations!(A);
+combinations!(A, B);
+combinations!(A, B, C);
+
+/// Members of a family, one for each combination of its labels.
+pub struct Family<M, L> {
+    members: Vec<M>,
+    labels: PhantomData<L>,
+}
+
+/// Counters.
+pub type Counters<L> = Family<IntCounter, L>;
+/// Whole numbers that go up and down.
+pub type Gauges<L> = Family<IntGauge, L>;
+/// Numbers that go up and down.
+pub type Ratios<L> = Family<Gauge, L>;
+/// Distributions.
+pub type Histograms<L> = Family<Histogram, L>;
+
+impl<M, L: Labels> Family<M, L> {
+    fn new(member: impl Fn(&[&str]) -> M) -> Self {
+        Self { members: L::each().iter().map(|values| member(values)).collect(), labels: PhantomData }
+    }
+
+    fn of(&self, labels: L) -> Option<&M> {
+        self.members.get(labels.index())
+    }
+}
+
+impl<L: Labels> Family<IntCounter, L> {
+    /// One more.
+    pub fn inc(&self, labels: L) {
+        self.inc_by(labels, 1);
+    }
+
+    /// So many more.
+    pub fn inc_by(&self, labels: L, count: u64) {
+        if let Some(counter) = self.of(labels) {
+            counter.inc_by(count);
+        }
+    }
+
+    /// How many so far.
+    pub fn get(&self, labels: L) -> u64 {
+        self.of(labels).map_or(0, IntCounter::get)
+    }
+
+    /// How many so far of all.
+    pub fn sum(&self) -> u64 {
+        self.members.iter().map(IntCounter::get).sum()
+    }
+}
+
+impl<L: Labels> Family<IntGauge, L> {
+    /// It is now this.
+    pub fn set(&self, labels: L, value: i64) {
+        if let Some(gauge) = self.of(labels) {
+            gauge.set(value);
+        }
+    }
+
+    /// It is so much more now, or less.
+    pub fn add(&self, labels: L, difference: i64) {
+        if let Some(gauge) = self.of(labels) {
+            gauge.add(difference);
+        }
+    }
+
+    /// What it is now.
+    pub fn get(&self, labels: L) -> i64 {
+        self.of(labels).map_or(0, IntGauge::get)
+    }
+}
+
+impl<L: Labels> Family<Gauge, L> {
+    /// It is now this.
+    pub fn set(&self, labels: L, value: f64) {
+        if let Some(gauge) = self.of(labels) {
+            gauge.set(value);
+        }
+    }
+
+    /// What it is now.
+    pub fn get(&self, labels: L) -> f64 {
+        self.of(labels).map_or(0.0, Gauge::get)
+    }
+}
+
+impl<L: Labels> Family<Histogram, L> {
+    /// One more, of so many seconds.
+    pub fn observe(&self, labels: L, seconds: f64) {
+        if let Some(histogram) = self.of(labels) {
+            histogram.observe(seconds);
+        }
+    }
+}
+
+/// All counters of the process; a cheap clone.
+#[derive(Clone)]
+pub struct Metrics(Arc<Families>);
+
+macro_rules! families {
+    ($($(#[$doc:meta])* $field:ident: $kind:ident<$labels:ty> = $make:ident($name:literal, [$($label:literal),*] $(, $buckets:expr)?);)*) => {
+        /// Every family; what each counts stands in its documentation, which is also its help text.
+        pub struct Families {
+            registry: Registry,
+            $($(#[$doc])* pub $field: $kind<$labels>,)*
+        }
+
+        impl Families {
+            fn new() -> Self {
+                let registry = Registry::new();
+                $(let $field = $make(&registry, $name, &help(stringify!($(#[$doc])*)), &[$($label),*] $(, $buckets)?);)*
+                Self { registry, $($field,)* }
+            }
+        }
+    };
+}
+
+families! {
+    /// Requests by endpoint and by what they came to.
+    requests: Counters<(Endpoint, Answered)> = counters("relay_requests_total", ["endpoint", "outcome"]);
+    /// Time from a request's head to the whole answer, by endpoint.
+    request_duration: Histograms<(Endpoint,)> = histograms("relay_request_duration_seconds", ["endpoint"], LATENCIES);
+    /// Requests under way.
+    requests_in_flight: Gauges<()> = gauges("relay_requests_in_flight", []);
+    /// Error items and warnings in answers, by their code.
+    errors: Counters<(ErrorCode,)> = counters("relay_errors_total", ["code"]);
+    /// Observables asked about, by endpoint.
+    observables: Counters<(Endpoint,)> = counters("relay_observables_total", ["endpoint"]);
+    /// Handlers that ended in a panic: bugs.
+    panics: Counters<()> = counters("relay_panics_total", []);
+    /// Open client connections.
+    connections: Gauges<()> = gauges("relay_connections", []);
+    /// 1 while serving, 0 once the relay has begun to drain.
+    ready: Gauges<()> = gauges("relay_ready", []);
+    /// Tokens verified, by verdict.
+    auth: Counters<(Verdict,)> = counters("relay_auth_total", ["outcome"]);
+    /// Fetches of key sets, by outcome.
+    jwks_refresh: Counters<(Success,)> = counters("relay_jwks_refresh_total", ["outcome"]);
+    /// Age of the oldest key set in use, in seconds; 0 while there is none.
+    jwks_age: Ratios<()> = ratios("relay_jwks_age_seconds", []);
+    /// Look-ups by resource, tier and outcome.
+    cache_lookups: Counters<(Resource, Tier, Outcome)> = counters("relay_cache_lookups_total", ["resource", "tier", "outcome"]);
+    /// Fills by how they came to their value.
+    cache_fills: Counters<(Flight,)> = counters("relay_cache_fills_total", ["role"]);
+    /// Values from Redis that were not believed, by reason.
+    cache_rejected: Counters<(Rejection,)> = counters("relay_cache_rejected_total", ["reason"]);
+    /// Answers in memory.
+    cache_entries: Gauges<()> = gauges("relay_cache_entries", []);
+    /// Bytes of answers in memory.
+    cache_bytes: Gauges<()> = gauges("relay_cache_bytes", []);
+    /// Bytes of answers memory may hold.
+    cache_capacity: Gauges<()> = gauges("relay_cache_capacity_bytes", []);
+    /// Requests to CyberScan, by call and outcome.
+    upstream: Counters<(UpstreamCall, UpstreamOutcome)> = counters("relay_upstream_requests_total", ["call", "outcome"]);
+    /// Duration of requests to CyberScan, by call.
+    upstream_duration: Histograms<(UpstreamCall,)> = histograms("relay_upstream_request_duration_seconds", ["call"], LATENCIES);
+    /// Requests to CyberScan that repeat one which failed on its way.
+    upstream_retries: Counters<()> = counters("relay_upstream_retries_total", []);
+    /// What the limiter said to calls, by whose quota decided, urgency and outcome.
+    limiter_decisions: Counters<(QuotaScope, Urgency, Decision)> = counters("relay_limiter_decisions_total", ["scope", "priority", "outcome"]);
+    /// Time calls somebody waits for spent waiting for their turn.
+    limiter_wait: Histograms<()> = histograms("relay_limiter_wait_seconds", [], LATENCIES);
+    /// Share of a quota that is used: of the fleet's, and the largest among tenants.
+    limiter_used: Ratios<(QuotaScope, QuotaWindow)> = ratios("relay_limiter_used_ratio", ["scope", "window"]);
+    /// CyberScan hosts by the state of their circuit breaker.
+    breakers: Gauges<(BreakerState,)> = gauges("relay_breaker_state", ["state"]);
+    /// Answers fetched ahead, by what became of them.
+    prefetch: Counters<(Prefetch,)> = counters("relay_prefetch_total", ["outcome"]);
+    /// How long ago what is refreshed now was due.
+    prefetch_lag: Histograms<()> = histograms("relay_prefetch_lag_seconds", [], LAGS);
+    /// Answers on the schedule of this replica.
+    prefetch_scheduled: Gauges<()> = gauges("relay_prefetch_scheduled", []);
+    /// Redis operations by outcome.
+    redis_operations: Counters<(Operation, RedisOutcome)> = counters("relay_redis_operations_total", ["operation", "outcome"]);
+    /// Duration of Redis operations.
+    redis_duration: Histograms<(Operation,)> = histograms("relay_redis_operation_duration_seconds", ["operation"], ROUND_TRIPS);
+    /// 1 while Redis answers, or where none is configured.
+    redis_up: Gauges<()> = gauges("relay_redis_up", []);
+}
+
+/// Seconds: from an answer out of memory to the longest that is waited for.
+const LATENCIES: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0];
+const ROUND_TRIPS: &[f64] = &[0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
+const LAGS: &[f64] = &[0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0];
+
+/// The text of a field's documentation.
+fn help(documentation: &str) -> String {
+    let lines = documentation.lines().map(|line| {
+        let line = line.trim().trim_start_matches("///").trim_start_matches("#[doc =").trim_end_matches(']');
+        line.trim().trim_matches('"').trim()
+    });
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+fn counters<L: Labels>(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Counters<L> {
+    let family = register(registry, IntCounterVec::new(Opts::new(name, help), labels));
+    Family::new(|values| family.with_label_values(values))
+}
+
+fn gauges<L: Labels>(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Gauges<L> {
+    let family = register(registry, IntGaugeVec::new(Opts::new(name, help), labels));
+    Family::new(|values| family.with_label_values(values))
+}
+
+fn ratios<L: Labels>(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Ratios<L> {
+    let family = register(registry, GaugeVec::new(Opts::new(name, help), labels));
+    Family::new(|values| family.with_label_values(values))
+}
+
+fn histograms<L: Labels>(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+    buckets: &[f64],
+) -> Histograms<L> {
+    let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    let family = register(registry, HistogramVec::new(options, labels));
+    Family::new(|values| family.with_label_values(values))
+}
+
+/// Registers a family whose name and labels are written in this file.
+fn register<C: Collector + Clone + 'static>(registry: &Registry, family: prometheus::Result<C>) -> C {
+    let family = family.expect("names and labels are literals of this file; a test makes them all");
+    let registered = registry.register(Box::new(family.clone()));
+    debug_assert!(registered.is_ok(), "registered twice");
+    family
+}
 
 impl Default for Metrics {
     fn default() -> Self {
@@ -150,138 +591,108 @@ impl Default for Metrics {
     }
 }
 
-impl Metrics {
-    /// Fresh counters in a registry of their own.
-    #[must_use]
-    pub fn new() -> Self {
-        let registry = Registry::new();
-        let counter = |name: &str, help: &str, labels: &[&str]| {
-            register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
-        };
-        let cache_lookups = counter(
-            "relay_cache_lookups_total",
-            "Look-ups by resource, tier and outcome.",
-            &["resource", "tier", "outcome"],
-        );
-        let places =
-            Resource::ALL.iter().flat_map(|resource| Tier::ALL.iter().map(move |tier| (resource, tier)));
-        let children = places.flat_map(|place| Outcome::ALL.iter().map(move |outcome| (place, outcome)));
-        let cache_lookup = children
-            .map(|((resource, tier), outcome)| {
-                let labels = [resource.as_str(), tier.as_str(), outcome.as_str()];
-                cache_lookups.with_label_values(&labels)
-            })
-            .collect();
-        Self(Arc::new(Families {
-            cache_lookups,
-            cache_lookup,
-            cache_rejected: counter(
-                "relay_cache_rejected_total",
-                "Values from Redis that were not believed.",
-                &["reason"],
-            ),
-            flights: counter("relay_cache_fills_total", "Fills by how they came to their value.", &["role"]),
-            redis_operations: counter(
-                "relay_redis_operations_total",
-                "Redis operations by outcome.",
-                &["operation", "outcome"],
-            ),
-            redis_duration: register(
-                &registry,
-                HistogramVec::new(
-                    HistogramOpts::new(
-                        "relay_redis_operation_duration_seconds",
-                        "Duration of Redis operations.",
-                    )
-                    .buckets(vec![0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1]),
-                    &["operation"],
-                ),
-            ),
-            dependency_up: register(
-                &registry,
-                IntGaugeVec::new(Opts::new("relay_redis_up", "1 while Redis answers."), &[]),
-            ),
-            registry,
-        }))
-    }
+impl Deref for Metrics {
+    type Target = Families;
 
-    /// The registry, for exposition.
-    #[must_use]
-    pub fn registry(&self) -> &Registry {
-        &self.0.registry
-    }
-
-    /// Counts a look-up.
-    pub fn look_up(&self, resource: Resource, tier: Tier, outcome: Outcome) {
-        let place = resource as usize * Tier::ALL.len() + tier as usize;
-        if let Some(counter) = self.0.cache_lookup.get(place * Outcome::ALL.len() + outcome as usize) {
-            counter.inc();
-        }
-    }
-
-    /// How many look-ups have been counted.
-    #[must_use]
-    pub fn look_ups(&self, resource: Resource, tier: Tier, outcome: Outcome) -> u64 {
-        let labels = [resource.as_str(), tier.as_str(), outcome.as_str()];
-        self.0.cache_lookups.with_label_values(&labels).get()
-    }
-
-    /// Counts a value that was not believed.
-    pub fn rejected(&self, reason: Rejection) {
-        self.0.cache_rejected.with_label_values(&[reason.as_str()]).inc();
-    }
-
-    /// How many values have not been believed.
-    #[must_use]
-    pub fn rejections(&self) -> u64 {
-        let all = Rejection::ALL.iter();
-        all.map(|reason| self.0.cache_rejected.with_label_values(&[reason.as_str()]).get()).sum()
-    }
-
-    /// Counts a fill.
-    pub fn flight(&self, role: Flight) {
-        self.0.flights.with_label_values(&[role.as_str()]).inc();
-    }
-
-    /// Counts a Redis operation and, if it ran, how long it took in seconds.
-    pub fn redis(&self, operation: Operation, outcome: RedisOutcome, seconds: f64) {
-        self.0.redis_operations.with_label_values(&[operation.as_str(), outcome.as_str()]).inc();
-        if outcome != RedisOutcome::Skipped {
-            self.0.redis_duration.with_label_values(&[operation.as_str()]).observe(seconds);
-        }
-    }
-
-    /// Notes whether Redis answers.
-    pub fn redis_up(&self, up: bool) {
-        self.0.dependency_up.with_label_values(&[] as &[&str]).set(i64::from(up));
+    fn deref(&self) -> &Families {
+        &self.0
     }
 }
 
-/// Registers a family whose name and labels are written in this file.
-fn register<C: prometheus::core::Collector + Clone + 'static>(
-    registry: &Registry,
-    family: prometheus::Result<C>,
-) -> C {
-    let family = family.expect("names and labels are literals of this file; a test makes them all");
-    let registered = registry.register(Box::new(family.clone()));
-    debug_assert!(registered.is_ok(), "registered twice");
-    family
+impl Metrics {
+    /// Fresh counters in a registry of their own, with those of the process and of the build.
+    #[must_use]
+    pub fn new() -> Self {
+        let families = Families::new();
+        let options = Opts::new("relay_build_info", "Always 1; which build this is.");
+        let build = register(&families.registry, GaugeVec::new(options, &["version", "revision"]));
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), revision()]).set(1.0);
+        #[cfg(target_os = "linux")]
+        {
+            let process = prometheus::process_collector::ProcessCollector::for_self();
+            let _ = families.registry.register(Box::new(process));
+        }
+        Self(Arc::new(families))
+    }
+
+    /// All families as they stand now.
+    #[must_use]
+    pub fn gather(&self) -> Vec<MetricFamily> {
+        self.registry.gather()
+    }
+
+    /// All families as text, in the format Prometheus reads (version 0.0.4).
+    #[must_use]
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::with_capacity(64 << 10);
+        // Writing to memory cannot fail, and a family without a name is not registered.
+        let _ = TextEncoder::new().encode(&self.gather(), &mut text);
+        text
+    }
+}
+
+/// What the binary was built from, if its build was told.
+#[must_use]
+pub fn revision() -> &'static str {
+    option_env!("RELAY_REVISION").unwrap_or("unknown")
+}
+
+impl ErrorCode {
+    /// The one that is written like that.
+    #[must_use]
+    pub fn of(code: &str) -> Self {
+        Self::ALL.iter().copied().find(|known| known.as_str() == code).unwrap_or(Self::Internal)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
+    fn series(metrics: &Metrics) -> usize {
+        metrics.gather().iter().map(|family| family.get_metric().len()).sum()
+    }
+
     #[test]
-    fn all_families_are_registered_and_count() {
+    fn every_series_is_there_from_the_start() {
         let metrics = Metrics::new();
-        metrics.look_up(Resource::Domain, Tier::Redis, Outcome::Miss);
-        metrics.rejected(Rejection::Sealed);
-        metrics.redis(Operation::Read, RedisOutcome::Ok, 0.001);
-        metrics.redis_up(true);
-        metrics.flight(Flight::Leader);
-        assert_eq!(metrics.look_ups(Resource::Domain, Tier::Redis, Outcome::Miss), 1);
-        assert_eq!(metrics.rejections(), 1);
-        assert_eq!(metrics.registry().gather().len(), 6);
+        let before = series(&metrics);
+        metrics.cache_lookups.inc((Resource::Domain, Tier::Redis, Outcome::Miss));
+        metrics.redis_operations.inc((Operation::Read, RedisOutcome::Ok));
+        metrics.prefetch.inc((Prefetch::Useful,));
+        assert_eq!(metrics.cache_lookups.get((Resource::Domain, Tier::Redis, Outcome::Miss)), 1);
+        assert_eq!(metrics.cache_lookups.sum(), 1);
+        assert_eq!(series(&metrics), before);
+        assert!(before > 200, "{before}");
+    }
+
+    #[test]
+    fn each_combination_of_labels_has_its_place() {
+        let mut places = HashSet::new();
+        for resource in Resource::ALL {
+            for tier in Tier::ALL {
+                for outcome in Outcome::ALL {
+                    let labels = (*resource, *tier, *outcome);
+                    let texts = vec![resource.as_str(), tier.as_str(), outcome.as_str()];
+                    assert_eq!(<(Resource, Tier, Outcome)>::each()[labels.index()], texts);
+                    assert!(places.insert(labels.index()));
+                }
+            }
+        }
+        assert_eq!(places.len(), <(Resource, Tier, Outcome)>::COUNT);
+    }
+
+    #[test]
+    fn every_family_says_what_it_is_and_is_named_as_prometheus_wants_it() {
+        for family in Metrics::new().gather() {
+            let (name, help) = (family.name(), family.help());
+            assert!(help.len() > 10 && !help.contains("///") && !help.contains("doc"), "{name}: {help}");
+            if name.starts_with("relay_") {
+                let counts = family.get_field_type() == prometheus::proto::MetricType::COUNTER;
+                assert_eq!(counts, name.ends_with("_total"), "{name}");
+            }
+        }
     }
 }

@@ -197,7 +197,12 @@ impl Redis {
         F: Future<Output = RedisResult<T>>,
     {
         let started = Instant::now();
-        let note = |outcome| self.0.metrics.redis(operation, outcome, started.elapsed().as_secs_f64());
+        let note = |outcome| {
+            self.0.metrics.redis_operations.inc((operation, outcome));
+            if outcome != RedisOutcome::Skipped {
+                self.0.metrics.redis_duration.observe((operation,), started.elapsed().as_secs_f64());
+            }
+        };
         if !self.may_try() {
             note(RedisOutcome::Skipped);
             return Err(Unavailable);
@@ -290,7 +295,7 @@ impl Redis {
         if state.up.replace(true) != Some(true) {
             state.complained = None;
             info!("redis answers");
-            self.0.metrics.redis_up(true);
+            self.0.metrics.redis_up.set((), 1);
         }
     }
 
@@ -323,7 +328,7 @@ impl Redis {
                 state.pause = (pause * 2).min(LONGEST_PAUSE);
                 state.closed_until = Some(Instant::now() + pause);
                 if state.up.replace(false) != Some(false) {
-                    self.0.metrics.redis_up(false);
+                    self.0.metrics.redis_up.set((), 0);
                 }
             }
         }

@@ -418,7 +418,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             match shared.claim(key, version, self.lease()).await {
                 Ok(Claim::Value(value)) => match self.adopt::<K>(key, &value) {
                     Some(kept) => {
-                        self.0.metrics.flight(role);
+                        self.0.metrics.cache_fills.inc((role,));
                         return Ok(Filled { kept, adopted: true });
                     }
                     // It cannot be read: as if it were not there.
@@ -444,7 +444,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 }
             }
         };
-        self.0.metrics.flight(Flight::Leader);
+        self.0.metrics.cache_fills.inc((Flight::Leader,));
         let kept = self.fetch::<K>(key, call, subject, owner).await?;
         Ok(Filled { kept, adopted: false })
     }
@@ -511,7 +511,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let entry = match self.0.codec.decode::<K>(&binding(key), value) {
             Ok(entry) => entry,
             Err(reason) => {
-                self.0.metrics.rejected(reason);
+                self.0.metrics.cache_rejected.inc((reason,));
                 self.count::<K>(Tier::Redis, Outcome::Miss);
                 return None;
             }
@@ -622,7 +622,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {
-        self.0.metrics.look_up(K::RESOURCE, tier, outcome);
+        self.0.metrics.cache_lookups.inc((K::RESOURCE, tier, outcome));
     }
 }
 
@@ -756,7 +756,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             };
             if let Some(kept) = kept {
                 kept.unread.store(true, Ordering::Relaxed);
-                self.0.metrics.look_up(key.resource, Tier::Memory, Outcome::Miss);
+                self.0.metrics.cache_lookups.inc((key.resource, Tier::Memory, Outcome::Miss));
             }
         }
     }

@@ -557,7 +557,7 @@ async fn look_ups_are_counted_once_in_every_tier_they_reach() {
     second.host(&call(), ip(1)).await.unwrap();
     second.host(&call(), ip(1)).await.unwrap();
     second.host(&call(), ip(2)).await.unwrap();
-    let counted = |tier, outcome| second.0.metrics.look_ups(Resource::Host, tier, outcome);
+    let counted = |tier, outcome| second.0.metrics.cache_lookups.get((Resource::Host, tier, outcome));
     assert_eq!((counted(Tier::Memory, Outcome::Miss), counted(Tier::Memory, Outcome::Fresh)), (2, 1));
     assert_eq!((counted(Tier::Redis, Outcome::Fresh), counted(Tier::Redis, Outcome::Miss)), (1, 1));
     assert_eq!(counted(Tier::Upstream, Outcome::Fresh), 1);
