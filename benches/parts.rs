@@ -78,7 +78,8 @@ fn tokens(c: &mut Criterion) {
         trusted_proxies: Vec::new(),
     };
     let hosts = std::iter::once(sandbox.cyberscan.host().parse().unwrap()).collect();
-    let auth = Authenticator::new(config, hosts, http.unwrap(), Clock::system(), TaskTracker::new());
+    let auth =
+        Authenticator::new(config, hosts, http.unwrap(), Clock::system(), Metrics::new(), TaskTracker::new());
 
     let headers = |number: u64| {
         let mut claims = sandbox.claims(AUDIENCE);

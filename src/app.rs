@@ -37,22 +37,25 @@ pub async fn run(
     }
     let clock = Clock::system();
     let tasks = TaskTracker::new();
+    let metrics = Metrics::new();
     let egress = Http::new(&settings.egress)?;
     let authenticator = Authenticator::new(
         settings.auth,
         settings.cyberscan.hosts.clone(),
         egress.clone(),
         clock,
+        metrics.clone(),
         tasks.clone(),
     );
-    let metrics = Metrics::new();
     let redis = match &settings.redis {
         Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
         None => None,
     };
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
-    let limiter = Limiter::new(settings.limiter, redis, tasks.clone());
-    let client = Breaker::new(Client::new(settings.cyberscan, egress, limiter, clock, tasks.clone()));
+    let limiter = Limiter::new(settings.limiter, redis, metrics.clone(), tasks.clone());
+    let client =
+        Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
+    let client = Breaker::new(client);
     let background = CancellationToken::new();
     let cached =
         Cached::new(client, settings.cache, shared, clock, metrics, tasks.clone(), background.clone());
