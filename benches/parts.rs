@@ -170,7 +170,7 @@ fn cached() -> Cached<AtHand> {
 fn look_ups(c: &mut Criterion) {
     let runtime = runtime();
     let deadline = tokio::time::Instant::now() + HOUR;
-    let (cached, call) = (cached(), Call { tenant: tenant(), deadline, priority: Priority::Interactive });
+    let (cached, call) = (cached(), Call::new(tenant(), deadline, Priority::Interactive));
     let ip: IpAddr = "192.0.2.7".parse().unwrap();
     let look_up = async || cached.vulnerabilities(&call, black_box(ip)).await.unwrap();
     runtime.block_on(look_up());

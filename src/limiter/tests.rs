@@ -30,7 +30,7 @@ fn limiter(config: Config) -> Limiter {
 
 fn call_of(key: &str, patience: Duration, priority: Priority) -> Call {
     let tenant = Who::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
-    Call { tenant: Arc::new(tenant), deadline: Instant::now() + patience, priority }
+    Call::new(Arc::new(tenant), Instant::now() + patience, priority)
 }
 
 fn call(patience: Duration) -> Call {
