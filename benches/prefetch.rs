@@ -4,7 +4,6 @@
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
-    clippy::disallowed_methods,
     reason = "a bench: it prints, and ends at the first thing that is not as it should be"
 )]
 

@@ -20,6 +20,7 @@ use crate::{
     redis_pool::Redis,
     settings::Settings,
     telemetry::LogLevel,
+    worker::Worker,
 };
 
 /// How long background tasks may take to end after the last request.
@@ -58,6 +59,7 @@ pub async fn run(
     // Without a Redis nothing is missing.
     metrics.redis_up.set((), i64::from(redis.is_none()));
     let with_redis = redis.is_some();
+    let for_worker = redis.clone();
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
     let limiter = Limiter::new(settings.limiter, redis, metrics.clone(), tasks.clone());
     let client =
@@ -73,6 +75,12 @@ pub async fn run(
         tasks.clone(),
         background.clone(),
     );
+    if settings.worker.enabled {
+        let notes = cached.notes();
+        let worker =
+            Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone());
+        tasks.spawn(worker.run(background.clone()));
+    }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
     let relay = Relay::new(authenticator.clone(), enricher, clock, &settings.http, metrics.clone());
     let service = http::service(&relay);

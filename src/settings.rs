@@ -23,7 +23,7 @@ use url::Url;
 
 use crate::{
     admin, auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, limiter, redis_pool,
-    telemetry,
+    telemetry, worker,
 };
 
 /// The documented defaults are the defaults.
@@ -48,6 +48,8 @@ pub struct Settings {
     pub cache: cache::Config,
     /// `limiter.*`
     pub limiter: limiter::Config,
+    /// `worker.*`
+    pub worker: worker::Config,
     /// `redis.*`, if there is one.
     pub redis: Option<redis_pool::Config>,
     /// `admin.listen`: the admin listener, if there is one.
@@ -174,6 +176,10 @@ const KEYS: &[Key] = &[
     key("limiter.queue"),
     key("limiter.concurrency"),
     key("worker.enabled"),
+    key("worker.budget"),
+    key("worker.concurrency"),
+    key("worker.entries"),
+    key("worker.idle"),
 ];
 
 /// The keys of [`Policy`], by kind of record.
@@ -291,6 +297,11 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let format = from.value("log.format", "json or text");
     let level = from.value("log.level", "a level such as info, or filter directives");
     let log_observables = from.value("log.observables", "true or false");
+    let worker_enabled = from.value("worker.enabled", "true or false");
+    let worker_budget = from.value::<Share>("worker.budget", "a number from 0 to 1");
+    let worker_concurrency = from.value::<NonZeroUsize>("worker.concurrency", COUNT);
+    let worker_entries = from.value::<NonZeroUsize>("worker.entries", COUNT);
+    let worker_idle = from.duration("worker.idle");
     let admin_listen = from.optional("admin.listen", "an address such as 127.0.0.1:9091");
     let admin_token = from.optional::<String>("admin.token", "a text");
     if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
@@ -342,6 +353,14 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 reserve: reserve.map(|Share(share)| share)?,
                 queue: queue?.get(),
                 concurrency: tenant_concurrency?.get(),
+            },
+            worker: worker::Config {
+                enabled: worker_enabled?,
+                budget: worker_budget?.0,
+                concurrency: worker_concurrency?.get(),
+                entries: worker_entries?.get(),
+                idle: worker_idle?,
+                refresh_ahead: ahead.as_ref().map(|Share(share)| *share)?,
             },
             redis: {
                 let (urls, mode, timeout) = (urls?, mode?, redis_timeout?);

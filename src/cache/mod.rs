@@ -352,7 +352,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let filled = Box::pin(filled).await.inspect_err(|_| tick(&call.tally.failed))?;
                 if !filled.adopted {
                     tick(&call.tally.upstream);
-                    self.note::<K>(call, &key, subject, &filled.kept, true);
+                    self.note::<K>(call, &key, subject, &filled.kept);
                     return filled.kept.answer();
                 }
                 tick(&call.tally.redis);
@@ -360,7 +360,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 (filled.kept, freshness)
             }
         };
-        self.note::<K>(call, &key, subject, &kept, false);
+        self.note::<K>(call, &key, subject, &kept);
         match freshness {
             Freshness::Fresh => {}
             Freshness::Due if kept.cared_for() => {}
@@ -369,7 +369,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
                 match Box::pin(self.fill_by::<K>(&key, call, subject, kept.version, soft)).await {
                     Ok(filled) => {
-                        self.note::<K>(call, &key, subject, &filled.kept, !filled.adopted);
+                        self.note::<K>(call, &key, subject, &filled.kept);
                         return filled.kept.answer();
                     }
                     // A refused key gets nothing, however old.
@@ -386,7 +386,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     /// Notes that an answer was read. One that is "not known" ends soon, and is not worth a note.
-    fn note<K: Kind>(&self, call: &Call, key: &Key, subject: &K::Subject, kept: &Kept, filled: bool) {
+    fn note<K: Kind>(&self, call: &Call, key: &Key, subject: &K::Subject, kept: &Kept) {
         let Some(notes) = self.0.notes.get() else { return };
         if kept.lifetime.negative {
             return;
@@ -398,7 +398,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             address: kept.entry::<K>().and_then(|entry| entry.record?.address()),
             expires_in: kept.lifetime.fresh.saturating_sub(kept.age()),
             life: kept.lifetime.fresh,
-            filled,
+            filled: reads.filled.swap(false, Ordering::Relaxed),
             reads,
         });
     }
@@ -558,6 +558,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let lifetime = K::policy(&self.0.config).lifetime(record.is_none(), chance());
                 let entry = Entry { record, asked_at: answer.asked_at, version, lifetime };
                 let kept = self.keep(key, &entry, born);
+                kept.reads.filled.store(call.priority == Priority::Interactive, Ordering::Relaxed);
                 if let Some(shared) = shared
                     && !K::policy(&self.0.config).life(lifetime).is_zero()
                     && let Some(value) = self.0.codec.encode(&binding(key), &entry)

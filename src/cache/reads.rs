@@ -21,6 +21,8 @@ const NOTES: usize = 65_536;
 pub struct Reads {
     /// It was brought here for a look-up that has not come yet.
     pub(super) unread: AtomicBool,
+    /// CyberScan was asked for it because of a reader, and that has not been noted yet.
+    pub(super) filled: AtomicBool,
     /// Reads since the last collection.
     count: AtomicU32,
     /// Somebody will renew it in time: a read need not.
@@ -59,7 +61,7 @@ pub struct Note {
     pub expires_in: Duration,
     /// How long it is fresh in all.
     pub life: Duration,
-    /// CyberScan was asked for it just now.
+    /// CyberScan was asked for it because of a reader, since the last note.
     pub filled: bool,
     /// Its reads.
     pub reads: Arc<Reads>,

@@ -17,6 +17,8 @@ pub(super) struct Budget {
 const MOST: f64 = 100.0;
 /// Where a budget begins.
 const FIRST: f64 = 20.0;
+/// The part of the share that is spent by expectation: expectations err on the high side.
+const SPENT: f64 = 0.9;
 /// Renewals of an answer per life by the worker; a little over one, because each is a little early.
 const WITH: f64 = 1.01;
 /// The fewest reads per life that are worth a renewal, when the bucket is full.
@@ -27,7 +29,7 @@ const DEARER: f64 = 4.0;
 impl Budget {
     /// A budget of `share` of the calls made anyway, where readers renew in the last `refresh_ahead` of a life.
     pub(super) fn new(share: f64, refresh_ahead: f64) -> Self {
-        Self { share, refresh_ahead, level: FIRST }
+        Self { share: share * SPENT, refresh_ahead, level: FIRST }
     }
 
     /// A reader's call was made.
@@ -38,13 +40,20 @@ impl Budget {
     /// Whether an answer that is asked for `expected` times in its life may be renewed; if so it is paid for.
     pub(super) fn take(&mut self, expected: f64) -> bool {
         let without = without(expected, self.refresh_ahead);
-        // The call that is made takes the place of `without`, which allow for their share of others.
-        let cost = WITH - without * (1.0 + self.share);
-        let may = cost <= 0.0 || (expected >= self.threshold() && self.level >= cost);
+        // The call that is made takes the place of `without`, which allow for their share of others. That it may
+        // turn out to have been made for nobody is paid for when it does: expectations are too high more often
+        // than too low among what is chosen for being expected.
+        let cost = WITH - without * (1.0 + self.share) - (-expected).exp();
+        let may = cost <= 0.0 || (expected >= self.threshold() && self.level >= cost.max(0.0));
         if may {
             self.add(-cost);
         }
         may
+    }
+
+    /// An answer was renewed for nobody.
+    pub(super) fn wasted(&mut self) {
+        self.level -= 1.0;
     }
 
     /// How often an answer has to be asked for in its life to be worth a call now.
@@ -100,11 +109,16 @@ mod tests {
     fn no_more_is_spent_than_the_share_of_what_is_made_anyway() {
         for reads in [1.3, 2.0, 3.0, 5.0] {
             let mut budget = Budget::new(0.1, 0.0);
-            let (mut extra, mut anyway) = (0.0, 0.0);
+            let (mut extra, mut anyway, mut unread) = (0.0, 0.0, 0.0);
             for _ in 0..100_000 {
                 if budget.take(reads) {
                     extra += WITH - without(reads, 0.0);
                     anyway += without(reads, 0.0);
+                    unread += f64::exp(-reads);
+                    if unread >= 1.0 {
+                        unread -= 1.0;
+                        budget.wasted();
+                    }
                 } else {
                     budget.filled();
                     anyway += 1.0;

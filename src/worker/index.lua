@@ -37,7 +37,9 @@ if ARGV[1] == 'put' then
     local name, reads, due, life = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     local entry = load(name) or {reads = 0, at = now, since = now, all = 0, unread = false}
     if not entry.life then entry.life = life end
-    entry.reads = faded(entry) + reads
+    -- The read that began the watch says nothing of how many there are in a life.
+    local counted = (entry.all == 0 and reads > 0) and reads - 1 or reads
+    entry.reads = faded(entry) + counted
     entry.at, entry.all, entry.life = now, entry.all + reads, life
     entry.resource, entry.subject = ARGV[at + 4], ARGV[at + 5]
     local useful = entry.unread and reads > 0

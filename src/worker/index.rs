@@ -257,7 +257,9 @@ impl Own {
             life: entry.life,
             due: None,
         });
-        known.reads = known.faded(now) + f64::from(entry.reads);
+        // The read that began the watch says nothing of how many there are in a life.
+        let first = u32::from(known.all == 0);
+        known.reads = known.faded(now) + f64::from(entry.reads.saturating_sub(first));
         (known.at, known.life) = (now, entry.life);
         known.all = known.all.saturating_add(entry.reads);
         let useful = known.unread && entry.reads > 0;

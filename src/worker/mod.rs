@@ -301,6 +301,7 @@ impl<C: Renew> Worker<C> {
             self.0.metrics.prefetch_lag.observe((), due.overdue.as_secs_f64());
             if due.unread {
                 self.0.metrics.prefetch.inc((Prefetch::Wasted,));
+                self.with(tenant, |book| book.budget.wasted());
             }
             let worth_it =
                 !due.unread && self.with(tenant, |book| book.budget.take(due.expected)).unwrap_or(false);

@@ -12,6 +12,8 @@
 mod fleet;
 mod harness;
 mod redis;
+#[path = "../../benches/simulation/mod.rs"]
+mod simulation;
 
 mod admin;
 mod attacks;
@@ -19,6 +21,7 @@ mod command_line;
 mod enrichment;
 mod golden;
 mod limits;
+mod prefetch;
 mod redis_trouble;
 mod replicas;
 mod routes;
