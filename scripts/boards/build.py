@@ -314,7 +314,7 @@ TROUBLE = 'outcome=~"throttled|unavailable|unexpected|unreachable|untrusted|time
 HIT = 'outcome=~"fresh|stale|negative"'
 LOOKUPS = "relay_cache_lookups_total"
 UPSTREAM = "relay_upstream_requests_total"
-NOT_CLOSED = 'state=~"open|half_open"'
+OPEN = 'state="open"'
 OUTCOMES = {"ok": GREEN, "partial": YELLOW, "error": RED}
 QUANTILES = {"p50": GREEN, "p95": YELLOW, "p99": RED}
 
@@ -388,10 +388,10 @@ def overview():
     )
     board.stat(
         "Hosts left alone",
-        "CyberScan hosts whose circuit breaker is open or half open on some replica: they failed again and again, and are only "
-        "probed. Known answers go on being served.",
+        "CyberScan hosts whose circuit breaker is open on some replica: they failed again and again, and are only probed, at most once "
+        "a minute. Known answers go on being served.",
         "none",
-        f"max(sum by (instance) ({select('relay_breaker_state', NOT_CLOSED)}))",
+        f"max({select('relay_breaker_state', OPEN)})",
         steps((None, GREEN), (1, RED)),
         low=0, none="no data",
     )
@@ -571,7 +571,8 @@ def overview():
     )
     board.series(
         "Hosts by circuit breaker",
-        "CyberScan hosts that replicas have spoken to, added up over replicas. open: left alone; half_open: one call is let through.",
+        "CyberScan hosts that replicas have spoken to, added up over replicas. open: left alone; half_open: the next call is let through, and if nobody "
+        "asks it stays so.",
         "none",
         [target(f"sum by (state) ({select('relay_breaker_state')})", "{{state}}")],
         stack=True, colours={"closed": GREEN, "open": RED, "half_open": YELLOW}, decimals=0,
@@ -605,8 +606,8 @@ def overview():
     )
     board.series(
         "Age of the oldest key set",
-        "Key sets are renewed at 5 minutes when somebody asks, and kept to 60 minutes while their issuer does not answer. With no requests "
-        "they simply get older.",
+        "Of issuers whose keys were asked for in the last 5 minutes; 0 where there are none. Sets are renewed at 5 minutes, and kept to "
+        "60 minutes while their issuer does not answer.",
         "s",
         [target(f"max by (instance) ({select('relay_jwks_age_seconds')})", "{{instance}}")],
         thresholds=steps((None, "transparent"), (1200, ORANGE), (3600, RED)),
