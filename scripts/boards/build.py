@@ -148,7 +148,7 @@ class Board:
         self.add("stat", title, description, unit, [target(expr, title)], options, defaults, [], width, 4)
 
     def series(self, title, description, unit, targets, *, stack=False, thresholds=None, colours=None, low=0, high=None,
-               width=8, height=8, lines="dashed", calcs=("lastNotNull", "max"), soft_high=None, decimals=None):
+               width=8, height=8, lines="dashed", soft_high=None, decimals=None):
         custom = {
             "drawStyle": "line",
             "lineInterpolation": "linear",
@@ -164,6 +164,9 @@ class Board:
             "scaleDistribution": {"type": "linear"},
             "thresholdsStyle": {"mode": lines if thresholds else "off"},
         }
+        if soft_high is None and unit in ("cps", "reqps", "ops"):
+            # Nothing at all is a line at the bottom, not one through an axis up to a hundred.
+            soft_high = 0.1
         if soft_high is not None:
             custom["axisSoftMax"] = soft_high
         defaults = {
@@ -177,17 +180,14 @@ class Board:
                 defaults[name] = value
         options = {
             "legend": {
-                "displayMode": "table" if calcs else "list",
+                # Names only: the figures are a hover away, and a table would take half of the panel.
+                "displayMode": "list",
                 "placement": "bottom",
                 "showLegend": True,
-                "calcs": list(calcs),
-                "sortBy": "Last *",
-                "sortDesc": True,
+                "calcs": [],
             },
             "tooltip": {"mode": "multi", "sort": "desc", "hideZeros": False},
         }
-        if not calcs:
-            del options["legend"]["sortBy"], options["legend"]["sortDesc"]
         overrides = [colour_of(name, colour) for name, colour in (colours or {}).items()]
         self.add("timeseries", title, description, unit, targets, options, defaults, overrides, width, height)
 
@@ -324,11 +324,14 @@ def hit_ratio(tier):
     return share(found, total(LOOKUPS, f'tier="{tier}"'))
 
 
-# Of what was asked for, the share that cost no question of its own to CyberScan. Renewals count as questions, so that it
-# cannot look better than the bill.
-SAVED = (
-    "clamp_min(1 - " + share(total(LOOKUPS, 'tier="upstream"'), total(LOOKUPS, 'tier="memory"')) + ", 0)"
-)
+# What CyberScan was really asked: not what the limiter or the breaker held back.
+ASKED = total("relay_upstream_requests_total", 'call!="token"')
+
+# Of what was asked for, the share that cost no call. Renewals count as calls, so that it cannot look better than the bill.
+SAVED = "clamp_min(1 - " + share(ASKED, total(LOOKUPS, 'tier="memory"')) + ", 0)"
+
+# What CyberScan answered, whoever wanted it.
+FETCHED = total(LOOKUPS, 'tier="upstream",outcome=~"fresh|negative"')
 
 
 def quantiles(name, matchers=""):
@@ -344,15 +347,15 @@ def overview():
     )
     board.row("Is it fine?")
     board.stat(
-        "Replicas serving",
+        "Serving",
         "Replicas that are ready, among those Prometheus knows. Below 100 % one is down, or draining.",
         "percentunit",
         f"(sum({select('relay_ready')}) or vector(0)) / count({select('up')})",
         steps((None, RED), (0.5, ORANGE), (1, GREEN)),
-        low=0, high=1, decimals=0, none="no replica",
+        low=0, high=1, decimals=0, graph="none", none="no replica",
     )
     board.stat(
-        "Answered without a fault",
+        "Without a fault",
         "Requests that met no fault of the relay, of CyberScan or of a quota. The objective is 99.5 % over 30 days. Refused "
         "tokens and malformed requests are the caller's and do not count against it.",
         "percentunit",
@@ -361,7 +364,7 @@ def overview():
         high=1, decimals=2,
     )
     board.stat(
-        "Time to answer, p95",
+        "Answer p95",
         "95 of 100 observe and refer requests are answered within this time. The relay gives up at request.deadline (20 s).",
         "s",
         quantile(0.95, "relay_request_duration_seconds", 'endpoint=~"observe|refer"'),
@@ -370,7 +373,7 @@ def overview():
     )
     board.stat(
         "Calls saved",
-        "Share of the look-ups asked for that cost CyberScan no question: answered by memory or Redis, or by a question that was "
+        "Share of the look-ups asked for that cost no call to CyberScan: answered by memory or Redis, or by a call that was "
         "under way already. Low for some minutes after a start with an empty cache.",
         "percentunit",
         SAVED,
@@ -378,7 +381,7 @@ def overview():
         low=0, high=1, decimals=0,
     )
     board.stat(
-        "CyberScan calls failing",
+        "Calls failing",
         "Share of the calls to CyberScan that brought no answer: 429, 5xx, no connection, a certificate that is not accepted, none in "
         "time, or something else than expected. “Not known” and a refused key are answers.",
         "percentunit",
@@ -387,7 +390,7 @@ def overview():
         low=0, high=1, decimals=1, none="no calls",
     )
     board.stat(
-        "Hosts left alone",
+        "Breakers open",
         "CyberScan hosts whose circuit breaker is open on some replica: they failed again and again, and are only probed, at most once "
         "a minute. Known answers go on being served.",
         "none",
@@ -417,7 +420,7 @@ def overview():
                 "options": {"0": {"text": "Down", "color": RED, "index": 0}, "1": {"text": "Up", "color": GREEN, "index": 1}},
             }
         ],
-        none="no data",
+        graph="none", none="no data",
     )
 
     board.row("What callers get")
@@ -470,37 +473,38 @@ def overview():
     board.series(
         "Hit ratio by tier",
         "memory: look-ups answered by this process. redis: of those that went on to Redis, renewals included. calls saved: of all asked "
-        "for, those that cost no question to CyberScan.",
+        "for, those that cost no call to CyberScan.",
         "percentunit",
         [
             target(hit_ratio("memory"), "memory"),
             target(hit_ratio("redis"), "redis"),
             target(SAVED, "calls saved"),
         ],
-        high=1, colours={"memory": GREEN, "redis": BLUE, "calls saved": PURPLE}, calcs=("lastNotNull", "mean"),
+        high=1, colours={"memory": GREEN, "redis": BLUE, "calls saved": PURPLE},
     )
     board.series(
         "Where answers came from",
-        "Look-ups by the tier that had the answer. CyberScan's include renewals in the background and answers fetched ahead.",
+        "Look-ups by the tier that had the answer. CyberScan's include renewals in the background and answers fetched "
+        "ahead. nowhere: CyberScan failed, or a quota or the circuit breaker held the call back; an old answer may have been served.",
         "cps",
         [
             target(total(LOOKUPS, f'tier="memory",{HIT}'), "memory"),
             target(total(LOOKUPS, f'tier="redis",{HIT}'), "redis"),
-            target(total(LOOKUPS, 'tier="upstream",outcome=~"fresh|negative"'), "CyberScan"),
-            target(total(LOOKUPS, 'tier="upstream",outcome="error"'), "CyberScan, failed"),
+            target(FETCHED, "CyberScan"),
+            target(total(LOOKUPS, 'tier="upstream",outcome="error"'), "nowhere"),
         ],
         stack=True,
-        colours={"memory": GREEN, "redis": BLUE, "CyberScan": ORANGE, "CyberScan, failed": RED},
+        colours={"memory": GREEN, "redis": BLUE, "CyberScan": ORANGE, "nowhere": RED},
     )
     board.series(
         "Asked of the relay, asked of CyberScan",
-        "The distance between the lines is what was saved. Access tokens are not counted here.",
+        "The distance between the lines is what was saved, or held back by a quota. Calls for access tokens are not counted here.",
         "cps",
         [
             target(total(LOOKUPS, 'tier="memory"'), "look-ups asked for"),
-            target(total(LOOKUPS, 'tier="upstream"'), "questions to CyberScan"),
+            target(ASKED, "calls to CyberScan"),
         ],
-        colours={"look-ups asked for": GREEN, "questions to CyberScan": ORANGE},
+        colours={"look-ups asked for": GREEN, "calls to CyberScan": ORANGE},
     )
     board.series(
         "Old answers served",
@@ -526,7 +530,7 @@ def overview():
                 "{{resource}}",
             )
         ],
-        high=1, calcs=("lastNotNull", "mean"),
+        high=1,
     )
     board.series(
         "“Not known to CyberScan”",
@@ -538,7 +542,7 @@ def overview():
                 "{{tier}}",
             )
         ],
-        high=1, calcs=("lastNotNull", "mean"),
+        high=1,
     )
 
     board.row("How CyberScan does")
@@ -579,7 +583,8 @@ def overview():
     )
     board.series(
         "Quotas used",
-        "Share of each quota's window that is used: of the fleet, and of the tenant nearest its limit. Windows that are not configured stay at 0.",
+        "Share of each quota's window that is used: of the fleet, and of the tenant nearest its limit. Windows that are not configured stay at 0. "
+        "A window that is new grows from a hundredth of its quota, so calls may be refused while little of it is used.",
         "percentunit",
         [target(f"max by (scope, window) ({select('relay_limiter_used_ratio')})", "{{scope}}, per {{window}}")],
         soft_high=1, thresholds=steps((None, "transparent"), (0.9, RED)),
@@ -631,7 +636,7 @@ def capacity():
     )
     board.row("Is there room?")
     board.stat(
-        "CPU, busiest replica",
+        "CPU",
         "Processor cores in use by the busiest replica.",
         "none",
         f"max({rate('process_cpu_seconds_total')})",
@@ -639,7 +644,7 @@ def capacity():
         low=0, decimals=2, none="no data",
     )
     board.stat(
-        "Memory, largest replica",
+        "Memory",
         "Resident memory of the largest replica. Expect some tens of MiB more than cache.memory.",
         "bytes",
         f"max({select('process_resident_memory_bytes')})",
@@ -647,7 +652,7 @@ def capacity():
         low=0, none="no data",
     )
     board.stat(
-        "File descriptors used",
+        "Descriptors",
         "The fullest replica's share of its limit. Each connection is one.",
         "percentunit",
         f"max({select('process_open_fds')} / {select('process_max_fds')})",
@@ -655,8 +660,8 @@ def capacity():
         low=0, high=1, decimals=0, none="no data",
     )
     board.stat(
-        "Memory cache filled",
-        "The fullest replica's share of cache.memory. Full is normal; full with a low hit ratio means that it is too small.",
+        "Cache filled",
+        "The fullest replica's share of its capacity, which is three quarters of cache.memory. Full is normal; full with a low hit ratio means that it is too small.",
         "percentunit",
         f"max({select('relay_cache_bytes')} / ({select('relay_cache_capacity_bytes')} > 0))",
         steps((None, GREEN)),
@@ -671,7 +676,7 @@ def capacity():
         low=0, none="no data",
     )
     board.stat(
-        "In flight, busiest replica",
+        "In flight",
         "Requests under way in the busiest replica. At server.max_in_flight (1024) more are refused at once.",
         "none",
         f"max({select('relay_requests_in_flight')})",
@@ -679,15 +684,15 @@ def capacity():
         low=0, none="no data",
     )
     board.stat(
-        "Wait for a turn, p95",
-        "How long calls somebody waits for wait for their turn: for a quota, or behind other calls of the same tenant.",
+        "Limiter wait",
+        "95 of 100 calls that somebody waits for get their turn within this time: they wait for a quota, or behind other calls of the same tenant.",
         "s",
         quantile(0.95, "relay_limiter_wait_seconds"),
         steps((None, GREEN), (0.5, ORANGE), (2.5, RED)),
         low=0, none="no calls",
     )
     board.stat(
-        "Redis operations failing",
+        "Redis failing",
         "Share of the Redis operations without success, those not tried included.",
         "percentunit",
         share(total("relay_redis_operations_total", 'outcome!="ok"'), total("relay_redis_operations_total")),
@@ -697,38 +702,35 @@ def capacity():
 
     board.row("Process")
     board.series(
-        "CPU",
+        "Processor",
         "Processor cores in use.",
         "none",
         [target(f"sum by (instance) ({rate('process_cpu_seconds_total')})", "{{instance}}")],
         decimals=2,
     )
     board.series(
-        "Memory",
-        "Resident memory of the process, and what the answers in memory take of it.",
+        "Resident memory",
+        "Resident memory of the process, and what the cache may take of it.",
         "bytes",
         [
             target(f"max by (instance) ({select('process_resident_memory_bytes')})", "{{instance}}"),
-            target(f"max({select('relay_cache_capacity_bytes')})", "cache.memory"),
+            target(f"max({select('relay_cache_capacity_bytes')})", "cache capacity"),
         ],
-        colours={"cache.memory": GREY},
+        colours={"cache capacity": GREY},
     )
     board.series(
         "File descriptors",
-        "Open file descriptors. The limit is the smallest of all replicas.",
+        "Open file descriptors: connections of callers, to CyberScan and to Redis. How near the limit they are is at the top.",
         "none",
         [
             target(f"max by (instance) ({select('process_open_fds')})", "{{instance}}"),
-            target(f"min({select('process_max_fds')})", "limit"),
         ],
-        colours={"limit": RED},
     )
     board.series(
         "Time since start",
         "A saw-tooth is a replica that keeps being restarted.",
         "s",
         [target(f"time() - max by (instance) ({select('process_start_time_seconds')})", "{{instance}}")],
-        calcs=("lastNotNull", "min"),
     )
     board.series(
         "Threads",
@@ -767,13 +769,13 @@ def capacity():
         "1 while a replica serves, 0 once it drains.",
         "none",
         [target(f"min by (instance) ({select('relay_ready')})", "{{instance}}")],
-        high=1, decimals=0, calcs=("lastNotNull", "min"),
+        high=1, decimals=0,
     )
 
     board.row("Cache in memory, and fills")
     board.series(
         "Bytes in memory",
-        "What answers in memory take, against cache.memory.",
+        "What answers in memory take, against the capacity: three quarters of cache.memory. The last quarter holds rendered sightings.",
         "bytes",
         [
             target(f"sum by (instance) ({select('relay_cache_bytes')})", "{{instance}}"),
@@ -835,7 +837,7 @@ def capacity():
         "1 while Redis answers this replica, or where none is configured.",
         "none",
         [target(f"min by (instance) ({select('relay_redis_up')})", "{{instance}}")],
-        high=1, decimals=0, calcs=("lastNotNull", "min"),
+        high=1, decimals=0,
     )
     board.series(
         "Operations by outcome",
@@ -895,10 +897,10 @@ def prefetch():
         low=0, high=1, decimals=0, none="none yet", width=4,
     )
     board.stat(
-        "Share of questions made ahead",
-        "Of all questions to CyberScan, those that nobody waited for.",
+        "Made ahead",
+        "Of all answers that CyberScan gave, those that nobody waited for.",
         "percentunit",
-        share(total(ahead, 'outcome="refreshed"'), total(LOOKUPS, 'tier="upstream"')),
+        "clamp_max(" + share(total(ahead, 'outcome="refreshed"'), FETCHED) + ", 1)",
         steps((None, BLUE)),
         low=0, high=1, decimals=0, none="no calls", width=4,
     )
@@ -986,14 +988,14 @@ def prefetch():
 
     board.row("What it costs")
     board.series(
-        "Questions to CyberScan: ahead, and on demand",
-        "Fills of the cache, by whether somebody waited or a renewal of what was asked for, or nobody did.",
+        "Answers of CyberScan: ahead, and on demand",
+        "ahead: fetched before anybody asked. on demand: somebody waited, or had just been served an old answer.",
         "cps",
         [
             target(total(ahead, 'outcome="refreshed"'), "ahead"),
             target(
                 "clamp_min("
-                + total(LOOKUPS, 'tier="upstream"')
+                + FETCHED
                 + " - "
                 + total(ahead, 'outcome="refreshed"')
                 + ", 0)",
@@ -1023,7 +1025,7 @@ def prefetch():
                 share(total(LOOKUPS, 'tier="memory",outcome="fresh"'), total(LOOKUPS, 'tier="memory"')), "fresh in memory"
             )
         ],
-        high=1, colours={"fresh in memory": GREEN}, calcs=("lastNotNull", "mean"),
+        high=1, colours={"fresh in memory": GREEN},
     )
     return board
 

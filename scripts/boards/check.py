@@ -26,6 +26,9 @@ RUNBOOK = ROOT / "docs" / "runbook.md"
 # Metrics of the relay that need no panel, each with its reason.
 NO_PANEL: dict[str, str] = {}
 
+# What the runbook quotes that is no panel's title.
+SAID = {"Wrong jwks_host"}
+
 PANELS = {"stat", "timeseries", "bargauge", "gauge", "table", "state-timeline", "heatmap", "piechart", "row", "text"}
 UNITS = {"none", "short", "percent", "percentunit", "s", "ms", "bytes", "decbytes", "Bps", "reqps", "ops", "cps"}
 OVER_TIME = {"rate", "increase", "irate"}
@@ -40,6 +43,7 @@ problems: list[str] = []
 # (where, expression), for promtool.
 expressions: list[tuple[str, str]] = []
 shown: set[str] = set()
+titles: set[str] = set()
 
 
 def wrong(where, what):
@@ -144,6 +148,7 @@ def check_panel(where, panel, known):
         wrong(where, f"panel {panel.get('id')} has no title")
     if panel.get("type") == "row":
         return
+    titles.add(panel.get("title"))
     if not panel.get("description"):
         wrong(at, "has no description")
     defaults = panel.get("fieldConfig", {}).get("defaults", {})
@@ -279,6 +284,10 @@ def check_rules(known):
             wrong(f"alerts.yml: {name}", "no test keeps it from firing")
         if name not in entries:
             wrong(f"alerts.yml: {name}", "has no entry in docs/runbook.md")
+    # Panels that it sends somebody to: quoted, and beginning as titles do.
+    for quoted in set(re.findall(r'"([A-Z][^"]*)"', runbook)) - SAID:
+        if " ".join(quoted.split()) not in titles:
+            wrong("runbook.md", f"there is no panel {quoted!r}")
     for entry in set(entries) - set(names):
         wrong("runbook.md", f"{entry} is no alert")
 
@@ -306,12 +315,14 @@ def check_promql():
         path = Path(folder) / "rules.yml"
         path.write_text("\n".join(rules) + "\n", encoding="utf-8")
         run = subprocess.run([promtool, "check", "rules", "--lint=none", path], capture_output=True, text=True, check=False)
-    if run.returncode:
-        for line in (run.stdout + run.stderr).splitlines():
-            number = re.search(r"expression_(\d+)|rule (\d+),", line)
-            at = expressions[int(number[1] or int(number[2]) - 1)][0] if number else "promtool"
-            if "could not parse" in line or not number:
-                wrong(at, line.strip())
+    if run.returncode == 0:
+        return
+    output = run.stdout + run.stderr
+    faults = re.findall(r'"expression_(\d+)":? (.*)', output)
+    for number, reason in faults:
+        wrong(expressions[int(number)][0], reason.strip())
+    if not faults:
+        wrong("promtool", output.strip())
 
 
 def main():
