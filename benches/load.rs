@@ -25,6 +25,7 @@ use std::{
 use bytes::Bytes;
 use cyberscan_relay::{
     http::server::{self, serve},
+    metrics::Metrics,
     sandbox::{Options, Sandbox},
 };
 use futures_util::future::join_all;
@@ -122,7 +123,7 @@ async fn baseline(size: usize) {
     let shutdown = CancellationToken::new();
     let service = TowerToHyperService::new(warp::service(route));
     tokio::select! {
-        () = serve(listener, service, config, shutdown) => {}
+        () = serve(listener, service, config, Metrics::new(), shutdown) => {}
         () = end_of_input() => {}
     }
 }

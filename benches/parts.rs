@@ -78,7 +78,8 @@ fn tokens(c: &mut Criterion) {
         trusted_proxies: Vec::new(),
     };
     let hosts = std::iter::once(sandbox.cyberscan.host().parse().unwrap()).collect();
-    let auth = Authenticator::new(config, hosts, http.unwrap(), Clock::system(), TaskTracker::new());
+    let auth =
+        Authenticator::new(config, hosts, http.unwrap(), Clock::system(), Metrics::new(), TaskTracker::new());
 
     let headers = |number: u64| {
         let mut claims = sandbox.claims(AUDIENCE);
@@ -169,7 +170,7 @@ fn cached() -> Cached<AtHand> {
 fn look_ups(c: &mut Criterion) {
     let runtime = runtime();
     let deadline = tokio::time::Instant::now() + HOUR;
-    let (cached, call) = (cached(), Call { tenant: tenant(), deadline, priority: Priority::Interactive });
+    let (cached, call) = (cached(), Call::new(tenant(), deadline, Priority::Interactive));
     let ip: IpAddr = "192.0.2.7".parse().unwrap();
     let look_up = async || cached.vulnerabilities(&call, black_box(ip)).await.unwrap();
     runtime.block_on(look_up());

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
+    admin::{self, Admin},
     auth::Authenticator,
     cache::{Cached, redis::RedisTier},
     clock::Clock,
@@ -18,18 +19,21 @@ use crate::{
     metrics::Metrics,
     redis_pool::Redis,
     settings::Settings,
+    telemetry::LogLevel,
 };
 
 /// How long background tasks may take to end after the last request.
 const LAST_TASKS: Duration = Duration::from_secs(2);
 
-/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended.
+/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
+/// on that of `admin`.
 ///
 /// # Errors
 /// When a part cannot be set up: a certificate file that cannot be read, TLS without any root.
 pub async fn run(
     settings: Settings,
     listener: TcpListener,
+    admin: Option<(TcpListener, LogLevel)>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     if settings.auth.audiences.is_empty() {
@@ -37,30 +41,80 @@ pub async fn run(
     }
     let clock = Clock::system();
     let tasks = TaskTracker::new();
+    let metrics = Metrics::new();
     let egress = Http::new(&settings.egress)?;
     let authenticator = Authenticator::new(
         settings.auth,
         settings.cyberscan.hosts.clone(),
         egress.clone(),
         clock,
+        metrics.clone(),
         tasks.clone(),
     );
-    let metrics = Metrics::new();
     let redis = match &settings.redis {
         Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
         None => None,
     };
+    // Without a Redis nothing is missing.
+    metrics.redis_up.set((), i64::from(redis.is_none()));
+    let with_redis = redis.is_some();
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
-    let limiter = Limiter::new(settings.limiter, redis, tasks.clone());
-    let client = Breaker::new(Client::new(settings.cyberscan, egress, limiter, clock, tasks.clone()));
+    let limiter = Limiter::new(settings.limiter, redis, metrics.clone(), tasks.clone());
+    let client =
+        Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
+    let breaker = Breaker::new(client);
     let background = CancellationToken::new();
-    let cached =
-        Cached::new(client, settings.cache, shared, clock, metrics, tasks.clone(), background.clone());
-    let enricher = Enricher::new(cached, settings.enrich);
-    let service = http::service(&Relay::new(authenticator, enricher, clock, &settings.http));
+    let cached = Cached::new(
+        breaker.clone(),
+        settings.cache,
+        shared,
+        clock,
+        metrics.clone(),
+        tasks.clone(),
+        background.clone(),
+    );
+    let enricher = Enricher::new(cached.clone(), settings.enrich);
+    let relay = Relay::new(authenticator.clone(), enricher, clock, &settings.http, metrics.clone());
+    let service = http::service(&relay);
+    let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
+    if let Some((listener, log)) = admin {
+        let (measured, cache) = (metrics.clone(), cached.clone());
+        let measure = move || {
+            cache.measure();
+            limiter.measure();
+            breaker.measure(&measured);
+            authenticator.measure();
+        };
+        let admin = Admin {
+            cache: cached,
+            metrics: metrics.clone(),
+            measure: Box::new(measure),
+            log,
+            redis: with_redis,
+            config: settings.admin,
+        };
+        tasks.spawn(admin::serve(listener, admin, background.clone()));
+    }
 
-    info!(listen = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "ready");
-    http::server::serve(listener, service, settings.http.connections, shutdown).await;
+    metrics.ready.set((), 1);
+    info!(
+        listen = %listener.local_addr()?,
+        admin = administered.map(tracing::field::display),
+        version = env!("CARGO_PKG_VERSION"),
+        "ready"
+    );
+    // Told first that no more should come, then nothing more is taken.
+    let draining = CancellationToken::new();
+    let tell = async {
+        shutdown.cancelled().await;
+        metrics.ready.set((), 0);
+        info!("draining");
+        sleep(settings.shutdown_delay).await;
+        draining.cancel();
+    };
+    let serving =
+        http::server::serve(listener, service, settings.http.connections, metrics.clone(), draining.clone());
+    tokio::join!(serving, tell);
     background.cancel();
     tasks.close();
     if tokio::time::timeout(LAST_TASKS, tasks.wait()).await.is_err() {

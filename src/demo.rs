@@ -4,8 +4,10 @@
 
 use std::{
     io::{self, Write},
-    net::SocketAddr,
-    path::PathBuf,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -13,13 +15,20 @@ use bytes::Bytes;
 use http::{Request, header};
 use http_body_util::Full;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    net::{TcpListener, lookup_host},
+    sync::Semaphore,
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    app, probe,
+    app,
+    chance::chance,
+    probe,
     sandbox::{self, Call, Rule, Sandbox},
     settings::Settings,
+    telemetry::LogLevel,
 };
 
 /// The audience of the demo's tokens.
@@ -41,12 +50,22 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
     };
     let address = listener.local_addr()?;
     let settings = Settings::load(None, settings(&sandbox, &certificate))?;
+    let admin = match settings.admin_listen {
+        Some(listen) => TcpListener::bind(listen).await.ok(),
+        None => None,
+    };
+    let admin = match admin {
+        Some(admin) => admin,
+        None => TcpListener::bind((listen.ip(), 0)).await.context("cannot listen")?,
+    };
+    let status = admin.local_addr()?;
 
     let stop = shutdown.child_token();
     let _stop_on_return = stop.clone().drop_guard();
-    let mut relay = std::pin::pin!(app::run(settings, listener, stop.clone()));
+    let mut relay =
+        std::pin::pin!(app::run(settings, listener, Some((admin, LogLevel::default())), stop.clone()));
     let story = async {
-        show(&sandbox, address).await?;
+        show(&sandbox, address, status).await?;
         if once {
             stop.cancel();
         } else {
@@ -59,6 +78,81 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
         told = story => told?,
     }
     relay.await
+}
+
+/// Runs the fake CyberScan (port 8443) and key issuer (port 8444) alone until `shutdown`, and leaves their root
+/// certificate (`ca.pem`) and a token for a relay at `audience` (`token`) in `directory`.
+///
+/// # Errors
+/// When a port is taken or the directory cannot be written.
+pub async fn sandbox(
+    listen: IpAddr,
+    name: String,
+    directory: &Path,
+    audience: &str,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let options = sandbox::Options { listen, name, cyberscan_port: 8443, issuer_port: 8444 };
+    let sandbox = Sandbox::start(options).await?;
+    sandbox.cyberscan.latency(Duration::from_millis(120));
+    sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value(FAILING).answer(503));
+    for (file, content) in [("ca.pem", &sandbox.ca_pem), ("token", &sandbox.token(audience))] {
+        std::fs::write(directory.join(file), content).with_context(|| format!("cannot write {file}"))?;
+    }
+    let (cyberscan, issuer) = (sandbox.cyberscan.host(), sandbox.issuer.host());
+    say(&format!("A fake CyberScan at {cyberscan} and a fake key issuer at {issuer}.\n"))?;
+    while shutdown.run_until_cancelled(sleep(Duration::from_secs(60))).await.is_some() {
+        // It records every call, for tests; here nobody looks at them.
+        sandbox.cyberscan.reset_counts();
+    }
+    sandbox.stop().await;
+    Ok(())
+}
+
+/// Asks the relay at `relay` (`http://host:port`) `rate` times a second what analysts would: mostly about one
+/// observable out of a few popular and many rare ones, now and then about 25; the token is in `directory`.
+///
+/// # Errors
+/// When `relay` is no such URL or the token cannot be read.
+pub async fn traffic(relay: &str, directory: &Path, rate: u32) -> anyhow::Result<()> {
+    let token = std::fs::read_to_string(directory.join("token")).context("cannot read the token")?;
+    let authority =
+        relay.trim_end_matches('/').strip_prefix("http://").context("expected http://host:port")?;
+    let mut ticks = tokio::time::interval(Duration::from_secs(1) / rate.max(1));
+    let under_way = Arc::new(Semaphore::new(256));
+    let tasks = TaskTracker::new();
+    for number in 0_u64.. {
+        ticks.tick().await;
+        let Ok(place) = Arc::clone(&under_way).try_acquire_owned() else { continue };
+        let count = if number % 20 == 19 { 25 } else { 1 };
+        let observables: Vec<Value> = (0..count).map(|_| popular()).collect();
+        let path = if number % 10 == 9 { "/refer/observables" } else { "/observe/observables" };
+        let request = Request::post(path)
+            .header(header::HOST, authority)
+            .header(header::AUTHORIZATION, format!("Bearer {}", token.trim()))
+            .body(Full::from(Bytes::from(Value::from(observables).to_string())))?;
+        let authority = authority.to_owned();
+        tasks.spawn(async move {
+            let _place = place;
+            // Whether the relay answers is what its own dashboards show.
+            if let Ok(Some(address)) = lookup_host(authority).await.map(|mut found| found.next()) {
+                let _ = probe::call(address, request).await;
+            }
+        });
+    }
+    Ok(())
+}
+
+/// An observable: the first few are asked about often, the others ever less.
+fn popular() -> Value {
+    let rank = (3_000_f64.powf(chance()) - 1.0) as u32;
+    match rank {
+        0 => json!({"type": "ip", "value": "203.0.113.10"}),
+        1 => json!({"type": "ip", "value": "203.0.113.25"}),
+        2 => json!({"type": "ip", "value": FAILING}),
+        rank if rank % 3 == 0 => json!({"type": "domain", "value": format!("n{rank}.load.example")}),
+        rank => json!({"type": "ip", "value": format!("198.18.{}.{}", rank >> 8 & 255, rank & 255)}),
+    }
 }
 
 /// What an operator would set to use this CyberScan and this key issuer.
@@ -74,7 +168,7 @@ fn settings(sandbox: &Sandbox, certificate: &CertificateFile) -> Vec<(String, St
     .into()
 }
 
-async fn show(sandbox: &Sandbox, address: SocketAddr) -> anyhow::Result<()> {
+async fn show(sandbox: &Sandbox, address: SocketAddr, status: SocketAddr) -> anyhow::Result<()> {
     let token = sandbox.token(AUDIENCE);
     let observables = json!([
         {"type": "ip", "value": "203.0.113.10"},
@@ -83,7 +177,8 @@ async fn show(sandbox: &Sandbox, address: SocketAddr) -> anyhow::Result<()> {
         {"type": "ip", "value": FAILING},
     ]);
     say(&format!(
-        "The relay serves on http://{address}, with a fake CyberScan and a fake key issuer behind it.\n\n\
+        "The relay serves on http://{address}, with a fake CyberScan and a fake key issuer behind it.\n\
+         Its status page is http://{status}/\n\n\
          A token, as SecureX would send it:\n\nTOKEN={token}\n\nTry each endpoint:\n\n\
          curl -X POST http://{address}/health -H \"Authorization: Bearer $TOKEN\"\n\
          curl -X POST http://{address}/observe/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"ip\",\"value\":\"203.0.113.10\"}}]'\n\

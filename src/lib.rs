@@ -20,6 +20,7 @@ pub mod http;
 pub mod sandbox;
 pub mod telemetry;
 pub mod settings;
+pub mod admin;
 pub mod app;
 pub mod probe;
 pub mod demo;

@@ -1,12 +1,24 @@
 //! The command line of cyberscan-relay.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{
+    io::Write,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::{Context, ensure};
+use bytes::Bytes;
 use clap::{Args, Parser, Subcommand};
-use cyberscan_relay::{app, demo, probe, settings, settings::Settings, telemetry};
+use cyberscan_relay::{
+    app, demo, probe, settings,
+    settings::Settings,
+    telemetry::{self, LogLevel},
+};
 use http::Request;
 use http_body_util::Full;
+use secrecy::ExposeSecret;
+use serde_json::json;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -47,6 +59,49 @@ enum Command {
     Check,
     /// Ask a relay running on this machine whether it serves; for containers.
     Healthcheck,
+    /// Have a relay running on this machine, and all replicas, forget answers; needs `admin.token`.
+    Purge(What),
+    /// Run the fake CyberScan and key issuer alone, for a relay elsewhere; for demonstrations.
+    Sandbox {
+        /// The address to listen on.
+        #[arg(long, default_value = "127.0.0.1")]
+        listen: IpAddr,
+        /// The name clients reach it by; its certificates are for that name.
+        #[arg(long, default_value = "localhost")]
+        name: String,
+        /// Where to put ca.pem and a caller's token.
+        #[arg(long)]
+        directory: PathBuf,
+        /// For which relay the token is.
+        #[arg(long, default_value = "http://relay:9090")]
+        audience: String,
+    },
+    /// Ask a relay what analysts would ask, again and again; for demonstrations.
+    Traffic {
+        /// The relay.
+        #[arg(long, default_value = "http://relay:9090")]
+        relay: String,
+        /// Where the sandbox has put the token.
+        #[arg(long)]
+        directory: PathBuf,
+        /// Requests per second.
+        #[arg(long, default_value_t = 20)]
+        rate: u32,
+    },
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct What {
+    /// Everything.
+    #[arg(long)]
+    all: bool,
+    /// All answers of a tenant, by its name in the access log: 32 hexadecimal digits.
+    #[arg(long)]
+    tenant: Option<String>,
+    /// All answers about an address or a domain.
+    #[arg(long)]
+    observable: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -66,8 +121,8 @@ fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
     match command {
         Command::Serve => {
             let settings = settings()?;
-            telemetry::init(&settings.log);
-            runtime.block_on(serve(settings))
+            let log = telemetry::init(&settings.log);
+            runtime.block_on(serve(settings, log))
         }
         Command::Demo { once, listen } => runtime.block_on(async {
             let shutdown = shutdown_on_signals()?;
@@ -75,15 +130,47 @@ fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
         }),
         Command::Check => check(&settings()?),
         Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
+        Command::Purge(what) => runtime.block_on(purge(&settings()?, &what)),
+        Command::Sandbox { listen, name, directory, audience } => runtime.block_on(async {
+            let shutdown = shutdown_on_signals()?;
+            demo::sandbox(listen, name, &directory, &audience, shutdown).await
+        }),
+        Command::Traffic { relay, directory, rate } => runtime.block_on(async {
+            let shutdown = shutdown_on_signals()?;
+            shutdown.run_until_cancelled(demo::traffic(&relay, &directory, rate)).await.unwrap_or(Ok(()))
+        }),
     }
 }
 
-async fn serve(settings: Settings) -> anyhow::Result<()> {
+async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signals()?;
-    let listener = TcpListener::bind(settings.listen)
-        .await
-        .with_context(|| format!("listen: cannot listen on {}", settings.listen))?;
-    app::run(settings, listener, shutdown).await
+    let bind = async |key: &str, address: SocketAddr| {
+        TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))
+    };
+    let listener = bind("listen", settings.listen).await?;
+    let admin = match settings.admin_listen {
+        Some(address) => Some((bind("admin.listen", address).await?, log)),
+        None => None,
+    };
+    app::run(settings, listener, admin, shutdown).await
+}
+
+async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
+    let listen = settings.admin_listen.context("admin.listen is empty: there is no admin listener")?;
+    let token = settings.admin.token.as_ref().context("admin.token is not set: nothing can be changed")?;
+    let body = match what {
+        What { tenant: Some(tenant), .. } => json!({"tenant": tenant}),
+        What { observable: Some(observable), .. } => json!({"observable": observable}),
+        What { .. } => json!({"all": true}),
+    };
+    let request = Request::post("/purge")
+        .header("host", "localhost")
+        .header("authorization", format!("Bearer {}", token.expose_secret()));
+    let answer = probe::call(listen, request.body(Full::from(Bytes::from(body.to_string())))?).await?;
+    let text = String::from_utf8_lossy(answer.body()).into_owned();
+    ensure!(answer.status().is_success(), "status {}: {text}", answer.status());
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
 }
 
 fn check(settings: &Settings) -> anyhow::Result<()> {

@@ -6,7 +6,9 @@ use std::{marker::PhantomData, ops::Deref, sync::Arc};
 
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, proto::MetricFamily,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+    core::{Collector, Metric},
+    proto::MetricFamily,
 };
 
 /// A closed set of values of one label.
@@ -447,6 +449,18 @@ impl<L: Labels> Family<Histogram, L> {
         if let Some(histogram) = self.of(labels) {
             histogram.observe(seconds);
         }
+    }
+
+    /// How many, their sum, and how many up to each bound; the last has none.
+    pub fn read(&self, labels: L) -> (u64, f64, Vec<(Option<f64>, u64)>) {
+        let Some(histogram) = self.of(labels) else { return (0, 0.0, Vec::new()) };
+        let metric = histogram.metric();
+        let read = metric.get_histogram();
+        let (count, sum) = (read.get_sample_count(), read.get_sample_sum());
+        let bucket =
+            |bucket: &prometheus::proto::Bucket| (Some(bucket.upper_bound()), bucket.cumulative_count());
+        let buckets = read.get_bucket().iter().map(bucket).chain([(None, count)]);
+        (count, sum, buckets.collect())
     }
 }
 

@@ -22,7 +22,8 @@ use figment::{
 use url::Url;
 
 use crate::{
-    auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, limiter, redis_pool, telemetry,
+    admin, auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, limiter, redis_pool,
+    telemetry,
 };
 
 /// The documented defaults are the defaults.
@@ -49,6 +50,12 @@ pub struct Settings {
     pub limiter: limiter::Config,
     /// `redis.*`, if there is one.
     pub redis: Option<redis_pool::Config>,
+    /// `admin.listen`: the admin listener, if there is one.
+    pub admin_listen: Option<SocketAddr>,
+    /// `admin.*`
+    pub admin: admin::Config,
+    /// `server.shutdown_delay`: how long the relay goes on taking requests after it has told that it drains.
+    pub shutdown_delay: Duration,
     /// `log.*`
     pub log: telemetry::Config,
     effective: Vec<Effective>,
@@ -114,6 +121,7 @@ const KEYS: &[Key] = &[
     key("server.body_timeout"),
     key("server.max_in_flight"),
     key("server.shutdown_timeout"),
+    key("server.shutdown_delay"),
     key("request.deadline"),
     key("request.concurrency"),
     key("auth.audiences"),
@@ -131,6 +139,7 @@ const KEYS: &[Key] = &[
     key("ctim.tlp"),
     key("log.format"),
     key("log.level"),
+    key("log.observables"),
     key("admin.listen"),
     secret("admin.token"),
     secret("redis.url"),
@@ -244,6 +253,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let body_limit = from.value("server.body_limit", SIZE);
     let body_timeout = from.duration("server.body_timeout");
     let shutdown_timeout = from.duration("server.shutdown_timeout");
+    let shutdown_delay = from.duration("server.shutdown_delay");
     let max_in_flight = from.value::<NonZeroUsize>("server.max_in_flight", COUNT);
     let deadline = from.duration("request.deadline");
     let concurrency = from.value("request.concurrency", COUNT);
@@ -280,6 +290,9 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let tenant_concurrency = from.value::<NonZeroUsize>("limiter.concurrency", COUNT);
     let format = from.value("log.format", "json or text");
     let level = from.value("log.level", "a level such as info, or filter directives");
+    let log_observables = from.value("log.observables", "true or false");
+    let admin_listen = from.optional("admin.listen", "an address such as 127.0.0.1:9091");
+    let admin_token = from.optional::<String>("admin.token", "a text");
     if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
         from.fault::<()>("request.deadline", "expected at least 1s");
     }
@@ -345,7 +358,11 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 body_limit: body_limit.map(|Size(bytes)| bytes)?,
                 body_timeout: body_timeout?,
                 max_in_flight: max_in_flight?.get(),
+                log_observables: log_observables?,
             },
+            admin_listen: admin_listen?,
+            admin: admin::Config { token: admin_token?.map(Into::into) },
+            shutdown_delay: shutdown_delay?,
             log: telemetry::Config { format: format?, level: level? },
             effective: std::mem::take(&mut from.effective),
         })

@@ -4,7 +4,7 @@
 use std::str::FromStr;
 
 use tracing::error;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 /// Settings `log.*`.
 #[derive(Clone, Debug)]
@@ -51,17 +51,33 @@ impl FromStr for Level {
     }
 }
 
+/// Changes what is logged while the process runs; a cheap clone.
+#[derive(Clone, Default)]
+pub struct LogLevel(Option<reload::Handle<EnvFilter, Registry>>);
+
+impl LogLevel {
+    /// From now on logs what `level` says; `false` where nothing is logged at all.
+    #[must_use]
+    pub fn set(&self, level: &Level) -> bool {
+        self.0.as_ref().is_some_and(|handle| handle.reload(EnvFilter::new(&level.0)).is_ok())
+    }
+}
+
 /// Starts logging to standard output, and has panics logged by their place only: a panic's text
 /// may quote what it stumbled over.
-pub fn init(config: &Config) {
-    let filter = EnvFilter::new(&config.level.0);
-    let builder = tracing_subscriber::fmt().with_env_filter(filter);
+#[must_use]
+pub fn init(config: &Config) -> LogLevel {
+    let (filter, handle) = reload::Layer::new(EnvFilter::new(&config.level.0));
+    let registry = tracing_subscriber::registry().with(filter);
     match config.format {
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),
-        LogFormat::Text => builder.init(),
+        LogFormat::Json => {
+            registry.with(fmt::layer().json().flatten_event(true).with_current_span(false)).init();
+        }
+        LogFormat::Text => registry.with(fmt::layer()).init(),
     }
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         error!(place, "panic");
     }));
+    LogLevel(Some(handle))
 }

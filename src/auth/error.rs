@@ -1,5 +1,7 @@
 //! Why a request is not authorized. It must not know the words that are sent.
 
+use crate::metrics::Verdict;
+
 /// The first check a request failed, in the order they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
@@ -29,21 +31,20 @@ pub enum AuthError {
 }
 
 impl AuthError {
-    /// Its name in logs and metrics.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    /// What it is called where it is counted.
+    pub(crate) fn verdict(self) -> Verdict {
         match self {
-            Self::MissingHeader => "missing_header",
-            Self::WrongScheme => "wrong_scheme",
-            Self::Malformed => "malformed",
-            Self::MissingIssuer => "missing_issuer",
-            Self::WrongIssuer => "wrong_issuer",
-            Self::UnknownKey => "unknown_key",
-            Self::WrongSignature => "wrong_signature",
-            Self::Expired => "expired",
-            Self::NotYetValid => "not_yet_valid",
-            Self::WrongAudience => "wrong_audience",
-            Self::MissingClaims => "missing_claims",
+            Self::MissingHeader => Verdict::MissingHeader,
+            Self::WrongScheme => Verdict::WrongScheme,
+            Self::Malformed => Verdict::Malformed,
+            Self::MissingIssuer => Verdict::MissingIssuer,
+            Self::WrongIssuer => Verdict::WrongIssuer,
+            Self::UnknownKey => Verdict::UnknownKey,
+            Self::WrongSignature => Verdict::WrongSignature,
+            Self::Expired => Verdict::Expired,
+            Self::NotYetValid => Verdict::NotYetValid,
+            Self::WrongAudience => Verdict::WrongAudience,
+            Self::MissingClaims => Verdict::MissingClaims,
         }
     }
 }

@@ -38,6 +38,7 @@ use super::{AuthError, Config, IssuerAddress};
 use crate::{
     egress::{Http, client::Call},
     flight::Flights,
+    metrics::{Metrics, Success},
 };
 
 /// From this age on a set in use is refreshed in the background.
@@ -70,6 +71,7 @@ struct Shared {
     issuers: HashMap<String, Issuer>,
     download: Download,
     flights: Flights<String, Result<(), Unavailable>>,
+    metrics: Metrics,
     /// Numbers the sets, so that what was verified with one is not mistaken as verified with the next.
     generations: AtomicU64,
 }
@@ -86,6 +88,8 @@ struct Fetches {
     failures: u32,
     /// After a failure.
     not_before: Option<Instant>,
+    /// When a key was last looked for.
+    asked: Option<Instant>,
     /// The last fetch that was made for an unknown key id.
     looked_again: Option<Instant>,
 }
@@ -108,11 +112,12 @@ impl KeySet {
 }
 
 impl Jwks {
-    pub(super) fn new(config: &Config, http: Http, tasks: TaskTracker) -> Self {
-        Self::with(config, Box::new(move |address| over_https(http.clone(), address.clone()).boxed()), tasks)
+    pub(super) fn new(config: &Config, http: Http, metrics: Metrics, tasks: TaskTracker) -> Self {
+        let download = move |address: &IssuerAddress| over_https(http.clone(), address.clone()).boxed();
+        Self::with(config, Box::new(download), metrics, tasks)
     }
 
-    fn with(config: &Config, download: Download, tasks: TaskTracker) -> Self {
+    fn with(config: &Config, download: Download, metrics: Metrics, tasks: TaskTracker) -> Self {
         let issuer = |address: &IssuerAddress| Issuer {
             address: address.clone(),
             set: ArcSwapOption::empty(),
@@ -123,6 +128,7 @@ impl Jwks {
             issuers: issuers.map(|address| (address.as_str().to_owned(), issuer(address))).collect(),
             download,
             flights: Flights::new(tasks),
+            metrics,
             generations: AtomicU64::new(1),
         }))
     }
@@ -130,6 +136,13 @@ impl Jwks {
     /// Whether `jwks_host` is, letter for letter, on the allow-list.
     pub(super) fn allows(&self, jwks_host: &str) -> bool {
         self.0.issuers.contains_key(jwks_host)
+    }
+
+    /// The age of the oldest key set in use.
+    pub(super) fn age(&self) -> Option<Duration> {
+        let in_use = |issuer: &&Issuer| issuer.fetches().asked.is_some_and(|at| at.elapsed() < FRESH);
+        let sets = self.0.issuers.values().filter(in_use).filter_map(|issuer| issuer.set.load_full());
+        sets.map(|set| set.fetched.elapsed()).max()
     }
 
     /// The number of the set in use for `jwks_host`, as long as it is fresh.
@@ -146,6 +159,7 @@ impl Jwks {
     pub(super) async fn set_with(&self, jwks_host: &str, kid: &str) -> Result<Arc<KeySet>, AuthError> {
         let asked = Instant::now();
         let issuer = self.0.issuers.get(jwks_host).ok_or(AuthError::WrongIssuer)?;
+        issuer.fetches().asked = Some(asked);
         let set = self.current(issuer).await?;
         if set.key(kid).is_some() {
             return Ok(set);
@@ -199,6 +213,8 @@ impl Shared {
         let document = (self.download)(&issuer.address).await;
         let keys = document.and_then(|body| import(&body).ok_or_else(|| "not a key set".to_owned()));
         let mut fetches = issuer.fetches();
+        let outcome = if keys.is_ok() { Success::Ok } else { Success::Failed };
+        self.metrics.jwks_refresh.inc((outcome,));
         match keys {
             Ok(keys) => {
                 let generation = self.generations.fetch_add(1, Ordering::Relaxed);
@@ -393,7 +409,11 @@ mod tests {
                 require_exp: false,
                 trusted_proxies: Vec::new(),
             };
-            Self { jwks: Jwks::with(&config, Box::new(download), TaskTracker::new()), kids, fetches }
+            Self {
+                jwks: Jwks::with(&config, Box::new(download), Metrics::new(), TaskTracker::new()),
+                kids,
+                fetches,
+            }
         }
 
         async fn look_up(&self, kid: &str) -> Result<(), AuthError> {

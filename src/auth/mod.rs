@@ -23,6 +23,7 @@ pub use error::AuthError;
 use crate::{
     clock::Clock,
     egress::{Host, HostPatterns, Http},
+    metrics::{Metrics, Verdict},
     tenant::{ApiKey, RefusedHost, Tenant},
 };
 use claims::Jwt;
@@ -115,6 +116,7 @@ struct Shared {
     cyberscan_hosts: HostPatterns,
     jwks: Jwks,
     clock: Clock,
+    metrics: Metrics,
     /// Verified tokens, by the SHA-256 of their exact bytes.
     verified: Cache<[u8; 32], Arc<Verified>>,
 }
@@ -137,10 +139,12 @@ impl Authenticator {
         cyberscan_hosts: HostPatterns,
         http: Http,
         clock: Clock,
+        metrics: Metrics,
         tasks: TaskTracker,
     ) -> Self {
         Self(Arc::new(Shared {
-            jwks: Jwks::new(&config, http, tasks),
+            jwks: Jwks::new(&config, http, metrics.clone(), tasks),
+            metrics,
             config,
             cyberscan_hosts,
             clock,
@@ -153,6 +157,18 @@ impl Authenticator {
     /// # Errors
     /// The first check that fails.
     pub async fn authorize(&self, request: Credentials<'_>) -> Result<Authorized, AuthError> {
+        let outcome = self.judge(request).await;
+        let verdict = outcome.as_ref().map_or_else(|error| error.verdict(), |_| Verdict::Good);
+        self.0.metrics.auth.inc((verdict,));
+        outcome
+    }
+
+    /// Brings the age of the key sets up to date.
+    pub fn measure(&self) {
+        self.0.metrics.jwks_age.set((), self.0.jwks.age().map_or(0.0, |age| age.as_secs_f64()));
+    }
+
+    async fn judge(&self, request: Credentials<'_>) -> Result<Authorized, AuthError> {
         let token = bearer(request.headers)?;
         let verified = self.verify(token).await?;
         if !verified.audiences.iter().any(|audience| self.is_ours(audience, request)) {
@@ -295,7 +311,8 @@ mod tests {
         };
         change(&mut config);
         let hosts = std::iter::once(sandbox.cyberscan.host().parse().unwrap()).collect();
-        let auth = Authenticator::new(config, hosts, http, Clock::system(), TaskTracker::new());
+        let auth =
+            Authenticator::new(config, hosts, http, Clock::system(), Metrics::new(), TaskTracker::new());
         Rig { sandbox, auth }
     }
 

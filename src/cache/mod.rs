@@ -48,6 +48,7 @@ use crate::{
     ctim::{DomainName, Subject},
     cyberscan::{
         Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, QuotaUse, Record, Vulnerabilities,
+        tick,
     },
     flight::Flights,
     metrics::{Flight, Metrics, Outcome, Resource, Tier},
@@ -107,6 +108,8 @@ struct Inner<P, T> {
     refused: Cache<TenantId, Failure>,
     /// Nothing older than these versions may be kept.
     purged: Mutex<HashMap<Scope, u64>>,
+    /// The same of single answers, as long as a fetch from before could still end.
+    purged_answers: Cache<Name, u64>,
     tasks: TaskTracker,
     metrics: Metrics,
 }
@@ -283,6 +286,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             authentications: Flights::new(tasks.clone()),
             refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
             purged: Mutex::default(),
+            purged_answers: Cache::builder()
+                .max_capacity(FAILURES)
+                .time_to_live(4 * config.fill_timeout)
+                .build(),
             next,
             config,
             tasks: tasks.clone(),
@@ -300,17 +307,19 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
         let (kept, freshness) = match self.in_memory::<K>(&key) {
             Some((kept, freshness)) => {
-                self.count_memory::<K>(&kept, freshness);
+                self.count_memory::<K>(call, &kept, freshness);
                 (kept, freshness)
             }
             None => {
                 self.count::<K>(Tier::Memory, Outcome::Miss);
                 let filled = self.fill_by::<K>(&key, call, subject, 0, call.deadline);
                 // Boxed: most look-ups are answered by memory and are not to carry the room for this about.
-                let filled = Box::pin(filled).await?;
+                let filled = Box::pin(filled).await.inspect_err(|_| tick(&call.tally.failed))?;
                 if !filled.adopted {
+                    tick(&call.tally.upstream);
                     return filled.kept.answer();
                 }
+                tick(&call.tally.redis);
                 let freshness = self.freshness::<K>(&filled.kept);
                 (filled.kept, freshness)
             }
@@ -325,6 +334,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     // A refused key gets nothing, however old.
                     Err(Error::Unauthorized) => return Err(Error::Unauthorized),
                     Err(_) => {
+                        tick(&call.tally.stale);
                         let answer: Answer<K> = kept.answer()?;
                         return Ok(Answer { stale: Some(kept.age()), ..answer });
                     }
@@ -389,7 +399,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     Some(_) => this.lease() + this.0.config.fill_timeout,
                     None => this.0.config.fill_timeout,
                 };
-                let call = Call { tenant, deadline: Instant::now() + longest, priority };
+                let call = Call::new(tenant, Instant::now() + longest, priority);
                 let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 match &outcome {
@@ -410,7 +420,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         version: u64,
     ) -> Result<Filled, Error> {
         // A value that was purged is no value.
-        let mut version = version.max(self.purged_before(key.tenant));
+        let mut version = version.max(self.purged_before(key));
         let mut poll = FIRST_POLL;
         let mut role = Flight::Adopted;
         let owner = loop {
@@ -518,7 +528,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         };
         let age = shared.clock().age(entry.version);
         let freshness = K::policy(&self.0.config).freshness(entry.lifetime, age);
-        let outcome = match entry.version > self.purged_before(key.tenant) {
+        let outcome = match entry.version > self.purged_before(key) {
             true => outcome(freshness, entry.lifetime.negative),
             false => Outcome::Miss,
         };
@@ -535,7 +545,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let weight = entry.record.as_ref().map_or(0, |record| record.weight());
         let kept = entry.keep(key, born, weight);
         let dead = K::policy(&self.0.config).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
-        if !dead && entry.version > self.purged_before(key.tenant) {
+        if !dead && entry.version > self.purged_before(key) {
             use moka::ops::compute::Op;
             self.0.memory.entry_by_ref(&key.name).and_compute_with(|present| match present {
                 Some(present) if present.value().version > kept.version => Op::Nop,
@@ -562,14 +572,15 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         self.0.shared.as_ref().map_or_else(|| self.0.local_clock.now(), |shared| shared.clock().now())
     }
 
-    /// Nothing of the tenant up to this version may be served.
-    fn purged_before(&self, tenant: TenantId) -> u64 {
+    /// No answer of this name up to this version may be served.
+    fn purged_before(&self, key: &Key) -> u64 {
+        let answer = self.0.purged_answers.get(&key.name).unwrap_or(0);
         let purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
         if purged.is_empty() {
-            return 0;
+            return answer;
         }
         let of = |scope: &Scope| purged.get(scope).copied().unwrap_or(0);
-        of(&Scope::All).max(of(&Scope::Tenant(label(tenant))))
+        answer.max(of(&Scope::All)).max(of(&Scope::Tenant(label(key.tenant))))
     }
 
     fn hear(&self, event: Event) {
@@ -595,6 +606,14 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
 
     /// Drops what memory has of `scope` up to `version`, and does not take it back.
     fn drop_before(&self, scope: Scope, version: u64) {
+        if let Scope::Answer(name) = scope {
+            let known = self.0.purged_answers.get(&name).unwrap_or(0);
+            self.0.purged_answers.insert(name, version.max(known));
+            if self.0.memory.get(&name).is_some_and(|kept| kept.version <= version) {
+                self.0.memory.invalidate(&name);
+            }
+            return;
+        }
         {
             let mut purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
             let known = purged.entry(scope).or_insert(0);
@@ -608,16 +627,19 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 && match scope {
                     Scope::All => true,
                     Scope::Tenant(tenant) => label(kept.tenant) == tenant,
+                    Scope::Answer(_) => false,
                 }
         });
     }
 
     /// Counts a look-up that memory answered, unless the answer has only just been brought there for
     /// it: then it is counted where it came from.
-    fn count_memory<K: Kind>(&self, kept: &Kept, freshness: Freshness) {
+    fn count_memory<K: Kind>(&self, call: &Call, kept: &Kept, freshness: Freshness) {
         if kept.unread.swap(false, Ordering::Relaxed) {
+            tick(&call.tally.redis);
             return;
         }
+        tick(&call.tally.memory);
         self.count::<K>(Tier::Memory, outcome(freshness, kept.lifetime.negative));
     }
 
@@ -674,12 +696,38 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         self.purge(Scope::All).await
     }
 
-    /// Forgets what is kept for one tenant, on every replica.
+    /// Forgets what is kept for one tenant, on every replica; `label` is the tenant's name in logs.
     ///
     /// # Errors
     /// [`Unavailable`] when the other replicas could not be told; this one has forgotten.
-    pub async fn purge_tenant(&self, tenant: TenantId) -> Result<(), Unavailable> {
-        self.purge(Scope::Tenant(label(tenant))).await
+    pub async fn purge_label(&self, label: Name) -> Result<(), Unavailable> {
+        self.purge(Scope::Tenant(label)).await
+    }
+
+    /// Forgets what is kept about one observable for the tenants known here, on every replica.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when the other replicas could not be told; this one has forgotten.
+    pub async fn purge_subject(&self, subject: &Subject) -> Result<(), Unavailable> {
+        let (resources, subject): (&[Resource], String) = match subject {
+            Subject::Domain(domain) => (&[Resource::Domain], domain.to_string()),
+            Subject::Ip(ip) => (&[Resource::Host, Resource::Vulnerabilities], ip.to_string()),
+        };
+        let mut told = Ok(());
+        for (tenant, _) in &self.0.accepted {
+            for resource in resources {
+                told = told.and(self.purge(Scope::Answer(Key::of(*tenant, *resource, &subject).name)).await);
+            }
+        }
+        told
+    }
+
+    /// Brings the gauges of memory up to date.
+    pub fn measure(&self) {
+        let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.0.metrics.cache_entries.set((), whole(self.0.memory.entry_count()));
+        self.0.metrics.cache_bytes.set((), whole(self.0.memory.weighted_size()));
+        self.0.metrics.cache_capacity.set((), whole(self.0.config.memory));
     }
 
     async fn purge(&self, scope: Scope) -> Result<(), Unavailable> {
@@ -702,7 +750,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             let (this, tenant, priority) = (self.clone(), Arc::clone(&call.tenant), call.priority);
             async move {
                 let longest = this.0.config.fill_timeout;
-                let call = Call { tenant, deadline: Instant::now() + longest, priority };
+                let call = Call::new(tenant, Instant::now() + longest, priority);
                 let outcome = timeout(longest, this.0.next.authenticate(&call)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 this.note_authentication(call.tenant.id(), &outcome).await;

@@ -133,8 +133,8 @@ impl RedisTier {
             .redis
             .run(Operation::Store, |mut link| async move {
                 let _: u8 = script
-                    .key(value_key(key))
-                    .key(lock_key(key))
+                    .key(value_key(&key.name))
+                    .key(lock_key(&key.name))
                     .arg(owner)
                     .arg(version_text(version))
                     .arg(value)
@@ -308,7 +308,7 @@ impl SharedTier for RedisTier {
     async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Unavailable> {
         let mut read = cmd("MGET");
         for key in keys {
-            read.arg(value_key(key));
+            read.arg(value_key(&key.name));
         }
         self.0.redis.run(Operation::Read, |mut link| async move { read.query_async(&mut link).await }).await
     }
@@ -325,8 +325,8 @@ impl SharedTier for RedisTier {
             .redis
             .run(Operation::Claim, |mut link| async move {
                 script
-                    .key(value_key(key))
-                    .key(lock_key(key))
+                    .key(value_key(&key.name))
+                    .key(lock_key(&key.name))
                     .arg(owner_arg)
                     .arg(millis(lease))
                     .arg(version_text(version))
@@ -362,7 +362,7 @@ impl SharedTier for RedisTier {
             .0
             .redis
             .run(Operation::Release, |mut link| async move {
-                let _: u8 = script.key(lock_key(key)).arg(owner).invoke_async(&mut link).await?;
+                let _: u8 = script.key(lock_key(&key.name)).arg(owner).invoke_async(&mut link).await?;
                 match &mut told {
                     Some(told) => told.query_async::<String>(&mut link).await.map(drop),
                     None => Ok(()),
@@ -378,7 +378,13 @@ impl SharedTier for RedisTier {
         self.0
             .redis
             .run(Operation::Events, |mut link| async move {
-                let _: i64 = cmd("HSET").arg(PURGED).arg(name).arg(version).query_async(&mut link).await?;
+                let forget = match scope {
+                    Scope::Answer(answer) => cmd("DEL").arg(value_key(&answer)).to_owned(),
+                    Scope::All | Scope::Tenant(_) => {
+                        cmd("HSET").arg(PURGED).arg(name).arg(version).to_owned()
+                    }
+                };
+                let _: i64 = forget.query_async(&mut link).await?;
                 told.query_async::<String>(&mut link).await
             })
             .await?;
@@ -494,23 +500,28 @@ fn stream_id(id: &str) -> (u64, u64) {
     (millis.parse().unwrap_or(0), sequence.parse().unwrap_or(0))
 }
 
-fn value_key(key: &Key) -> String {
-    format!("relay:1:{{{}}}:v", hex(&key.name))
+fn value_key(name: &Name) -> String {
+    format!("relay:1:{{{}}}:v", hex(name))
 }
 
-fn lock_key(key: &Key) -> String {
-    format!("relay:1:{{{}}}:l", hex(&key.name))
+fn lock_key(name: &Name) -> String {
+    format!("relay:1:{{{}}}:l", hex(name))
 }
 
 fn scope_text(scope: Scope) -> String {
     match scope {
         Scope::All => "all".to_owned(),
         Scope::Tenant(name) => hex(&name),
+        Scope::Answer(name) => format!("answer:{}", hex(&name)),
     }
 }
 
 fn scope_of(text: &str) -> Option<Scope> {
-    if text == "all" { Some(Scope::All) } else { unhex(text).map(Scope::Tenant) }
+    match text.strip_prefix("answer:") {
+        Some(name) => unhex(name).map(Scope::Answer),
+        None if text == "all" => Some(Scope::All),
+        None => unhex(text).map(Scope::Tenant),
+    }
 }
 
 fn hex(name: &[u8; 16]) -> String {

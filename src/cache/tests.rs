@@ -302,7 +302,7 @@ fn ip(number: u32) -> IpAddr {
 
 fn call_of(key: &str, wait: Duration) -> Call {
     let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
-    Call { tenant: Arc::new(tenant), deadline: Instant::now() + wait, priority: Priority::Interactive }
+    Call::new(Arc::new(tenant), Instant::now() + wait, Priority::Interactive)
 }
 
 fn call() -> Call {
@@ -525,7 +525,7 @@ async fn tenants_share_nothing() {
         }
     }
     assert_eq!(fake.calls(), 1_000);
-    stage.purge_tenant(call_of("key-7", SECOND).tenant.id()).await.unwrap();
+    stage.purge_label(label(call_of("key-7", SECOND).tenant.id())).await.unwrap();
     for tenant in 0..50 {
         stage.host(&call_of(&format!("key-{tenant}"), 20 * SECOND), ip(3)).await.unwrap();
     }

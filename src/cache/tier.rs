@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock::Clock,
     cyberscan::Error,
-    metrics::Resource,
+    metrics::{Label, Resource},
     redis_pool::Unavailable,
     tenant::{Tenant, TenantId},
 };
@@ -82,9 +82,15 @@ impl Key {
     /// The key of the answer about `subject`, in its canonical spelling.
     #[must_use]
     pub fn new(tenant: &Tenant, resource: Resource, subject: &str) -> Self {
-        use crate::metrics::Label;
         let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
         Self { resource, tenant: tenant.id(), name }
+    }
+
+    /// The same for a tenant of whom no more than the identity is at hand.
+    #[must_use]
+    pub fn of(tenant: TenantId, resource: Resource, subject: &str) -> Self {
+        let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
+        Self { resource, tenant, name }
     }
 }
 
@@ -142,6 +148,8 @@ pub enum Scope {
     All,
     /// All answers of one tenant, by the name it has in the tier.
     Tenant(Name),
+    /// One answer.
+    Answer(Name),
 }
 
 /// Microseconds on a clock that all replicas share: Redis's, as soon as it was read once. It runs with

@@ -22,6 +22,23 @@ pub enum Subject {
     Domain(DomainName),
 }
 
+impl Subject {
+    /// What `text` spells: an address or a domain name.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        text.parse().map(Self::Ip).ok().or_else(|| DomainName::parse(text).map(Self::Domain))
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(ip) => ip.fmt(f),
+            Self::Domain(domain) => domain.fmt(f),
+        }
+    }
+}
+
 impl Observable {
     /// The observable of type `kind` and value `value`; `None` when it is of another type than
     /// `ip` and `domain`, or is no address and no domain name.

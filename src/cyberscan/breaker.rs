@@ -22,6 +22,7 @@ use crate::{
     chance::chance,
     ctim::{DomainName, Subject},
     egress::Host,
+    metrics::{BreakerState, Label, Metrics},
 };
 
 /// Failures in a row that open the breaker.
@@ -60,6 +61,19 @@ impl<P: CyberScan + Clone> Breaker<P> {
     #[must_use]
     pub fn new(next: P) -> Self {
         Self { next, hosts: Cache::builder().max_capacity(HOSTS).time_to_idle(IDLE).build() }
+    }
+
+    /// Brings the gauges of breakers up to date.
+    pub fn measure(&self, metrics: &Metrics) {
+        let mut counts = [0; BreakerState::ALL.len()];
+        for (_, circuit) in &self.hosts {
+            if let Some(count) = counts.get_mut(lock(&circuit).state().index()) {
+                *count += 1;
+            }
+        }
+        for (state, count) in BreakerState::ALL.iter().zip(counts) {
+            metrics.breakers.set((*state,), count);
+        }
     }
 
     async fn guard<T>(
@@ -142,6 +156,14 @@ impl Drop for Attempt<'_> {
 }
 
 impl Circuit {
+    fn state(&self) -> BreakerState {
+        match self.open_until {
+            None => BreakerState::Closed,
+            Some(until) if self.probing || Instant::now() >= until => BreakerState::HalfOpen,
+            Some(_) => BreakerState::Open,
+        }
+    }
+
     fn open(&mut self, pause: Duration) {
         self.pause = pause;
         // Replicas that opened together need not probe together.

@@ -30,6 +30,7 @@ use crate::{
     clock::Clock,
     ctim::DomainName,
     egress::{self, HostPatterns, Http, Reply, Transport},
+    metrics::{Metrics, UpstreamCall, UpstreamOutcome},
 };
 
 /// Settings `cyberscan.*`.
@@ -81,12 +82,14 @@ struct Shared<A> {
     tokens: AccessTokens,
     clock: Clock,
     config: Config,
+    metrics: Metrics,
     /// Where links to CyberScan's own pages may lead: the allowed hosts and CyberScan itself.
     pages: HostPatterns,
 }
 
 /// One HTTP request, before it has a host and a token.
 struct Request {
+    kind: UpstreamCall,
     method: Method,
     path: String,
     json: Option<Bytes>,
@@ -96,7 +99,14 @@ struct Request {
 impl<A: Admission> Client<A> {
     /// A client that calls through `http` when `admission` lets it; its token calls are tracked by `tasks`.
     #[must_use]
-    pub fn new(config: Config, http: Http, admission: A, clock: Clock, tasks: TaskTracker) -> Self {
+    pub fn new(
+        config: Config,
+        http: Http,
+        admission: A,
+        clock: Clock,
+        metrics: Metrics,
+        tasks: TaskTracker,
+    ) -> Self {
         let pages = config.hosts.with_domain("cyberscan.io");
         Self(Arc::new(Shared {
             http,
@@ -105,13 +115,20 @@ impl<A: Admission> Client<A> {
             tokens: AccessTokens::new(clock, tasks),
             clock,
             config,
+            metrics,
             pages,
         }))
     }
 
     /// Asks `GET /api/v1/<path>` with the tenant's token; a refused token is replaced once.
-    async fn get(&self, call: &Call, path: String, expected: &'static str) -> Result<Fetched, Error> {
-        let request = Request { method: Method::GET, path, json: None, limit: BODY };
+    async fn get(
+        &self,
+        call: &Call,
+        kind: UpstreamCall,
+        path: String,
+        expected: &'static str,
+    ) -> Result<Fetched, Error> {
+        let request = Request { kind, method: Method::GET, path, json: None, limit: BODY };
         let (tenant, tokens) = (call.tenant.id(), &self.0.tokens);
         let fetch = || self.clone().fetch_token(call.clone());
 
@@ -152,6 +169,7 @@ impl<A: Admission> Client<A> {
                 return outcome;
             }
             sleep(pause).await;
+            self.0.metrics.upstream_retries.inc(());
             repeated += 1;
         }
     }
@@ -179,6 +197,7 @@ impl<A: Admission> Client<A> {
         let unexpected = Error::Unexpected { expected: EXPECTED };
         let key = Key { key: call.tenant.key().expose() };
         let request = Request {
+            kind: UpstreamCall::Token,
             method: Method::POST,
             path: "/api/v1/token".to_owned(),
             json: Some(serde_json::to_vec(&key).map_err(|_| unexpected.clone())?.into()),
@@ -223,6 +242,8 @@ impl<A: Admission> Client<A> {
             deadline,
         });
         let outcome = outcome.await;
+        self.0.metrics.upstream.inc((request.kind, came_to(&outcome)));
+        self.0.metrics.upstream_duration.observe((request.kind,), sent.elapsed().as_secs_f64());
         if let Ok(reply) = &outcome {
             let pace = match reply.status {
                 StatusCode::TOO_MANY_REQUESTS => {
@@ -241,6 +262,24 @@ impl<A: Admission> Client<A> {
             Transport::Broken => Error::Unexpected { expected: "a complete answer" },
             Transport::TooLarge => Error::Unexpected { expected: "an answer of at most 2 MiB" },
         })
+    }
+}
+
+/// What a request came to, for the metrics.
+fn came_to(outcome: &Result<Reply, Transport>) -> UpstreamOutcome {
+    match outcome {
+        Ok(reply) => match reply.status.as_u16() {
+            200..=299 => UpstreamOutcome::Ok,
+            401 | 403 => UpstreamOutcome::Unauthorized,
+            404 => UpstreamOutcome::NotFound,
+            429 => UpstreamOutcome::Throttled,
+            500.. => UpstreamOutcome::Unavailable,
+            _ => UpstreamOutcome::Unexpected,
+        },
+        Err(Transport::Refused | Transport::Unreachable) => UpstreamOutcome::Unreachable,
+        Err(Transport::Untrusted(_)) => UpstreamOutcome::Untrusted,
+        Err(Transport::TimedOut) => UpstreamOutcome::Timeout,
+        Err(Transport::Broken | Transport::TooLarge) => UpstreamOutcome::Unexpected,
     }
 }
 
@@ -277,19 +316,20 @@ impl<A: Admission> CyberScan for Client<A> {
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
         let path = path("domain", domain.as_str());
-        let fetched = self.get(call, path, "a domain record").await?;
+        let fetched = self.get(call, UpstreamCall::Domain, path, "a domain record").await?;
         fetched.read(|body| DomainRecord::parse(body, &self.0.pages))
     }
 
     async fn host(&self, call: &Call, ip: IpAddr) -> Result<Answer<HostRecord>, Error> {
         let path = path("ip", &ip.to_string());
-        let fetched = self.get(call, path, "an address record").await?;
+        let fetched = self.get(call, UpstreamCall::Host, path, "an address record").await?;
         fetched.read(|body| HostRecord::parse(body, &self.0.pages))
     }
 
     async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
         let path = path("vulnerabilities/ip", &ip.to_string());
-        let fetched = self.get(call, path, "a list of vulnerabilities").await?;
+        let fetched =
+            self.get(call, UpstreamCall::Vulnerabilities, path, "a list of vulnerabilities").await?;
         fetched.read(Vulnerabilities::parse)
     }
 }

@@ -8,7 +8,15 @@ pub mod model;
 mod printed;
 pub mod token;
 
-use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -88,6 +96,36 @@ pub struct Call {
     pub deadline: Instant,
     /// How urgent it is.
     pub priority: Priority,
+    /// Where its answers came from.
+    pub tally: Arc<Tally>,
+}
+
+impl Call {
+    /// A call that nothing has been answered to yet.
+    #[must_use]
+    pub fn new(tenant: Arc<Tenant>, deadline: Instant, priority: Priority) -> Self {
+        Self { tenant, deadline, priority, tally: Arc::default() }
+    }
+}
+
+/// Where the answers to a request's look-ups came from.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Memory.
+    pub memory: AtomicU32,
+    /// Redis, or another replica.
+    pub redis: AtomicU32,
+    /// CyberScan.
+    pub upstream: AtomicU32,
+    /// Any of them, past its freshness, because CyberScan could not be asked.
+    pub stale: AtomicU32,
+    /// Nowhere: the look-up failed.
+    pub failed: AtomicU32,
+}
+
+/// One more of these.
+pub(crate) fn tick(count: &AtomicU32) {
+    count.fetch_add(1, Ordering::Relaxed);
 }
 
 /// How urgent a call is.

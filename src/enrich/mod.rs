@@ -28,7 +28,9 @@ use sighting::Seen;
 
 use crate::{
     ctim::{Observable, Reference, Subject, sighting::Tlp},
-    cyberscan::{Answer, Call, CyberScan, Error, Priority, Purpose, QuotaUse, Record, Vulnerabilities},
+    cyberscan::{
+        Answer, Call, CyberScan, Error, Priority, Purpose, QuotaUse, Record, Tally, Vulnerabilities,
+    },
     tenant::Tenant,
 };
 
@@ -65,6 +67,8 @@ pub struct Findings<T> {
     pub docs: Vec<T>,
     /// What went wrong, one entry per cause.
     pub problems: Problems,
+    /// Where answers came from; known of the whole only.
+    pub tally: Option<Arc<Tally>>,
 }
 
 impl<P: CyberScan> Enricher<P> {
@@ -85,7 +89,7 @@ impl<P: CyberScan> Enricher<P> {
     /// # Errors
     /// Why it does not, or cannot be asked.
     pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<Vec<QuotaUse>, Error> {
-        let call = Call { tenant, deadline, priority: Priority::Interactive };
+        let call = Call::new(tenant, deadline, Priority::Interactive);
         by(deadline, self.cyberscan.authenticate(&call)).await?;
         Ok(self.cyberscan.quotas(&call).await)
     }
@@ -98,7 +102,7 @@ impl<P: CyberScan> Enricher<P> {
         limit: u32,
         deadline: Instant,
     ) -> Findings<Arc<RawValue>> {
-        let call = Call { tenant, deadline, priority: Priority::Interactive };
+        let call = Call::new(tenant, deadline, Priority::Interactive);
         let asked = Asked::default();
         let look_up = |observable| self.sightings(&call, &asked, observable, limit);
         self.join(&call, observables, Purpose::Sightings, look_up).await
@@ -111,7 +115,7 @@ impl<P: CyberScan> Enricher<P> {
         observables: &[Observable],
         deadline: Instant,
     ) -> Findings<Reference> {
-        let call = Call { tenant, deadline, priority: Priority::Interactive };
+        let call = Call::new(tenant, deadline, Priority::Interactive);
         let look_up = |observable| self.reference(&call, observable);
         self.join(&call, observables, Purpose::References, look_up).await
     }
@@ -182,7 +186,7 @@ impl<P: CyberScan> Enricher<P> {
     where
         F: Future<Output = Result<Findings<T>, Error>>,
     {
-        let mut all = Findings::default();
+        let mut all = Findings { tally: Some(Arc::clone(&call.tally)), ..Findings::default() };
         // Once for all of them: a refused key is one error, not one per observable.
         if let Err(error) = by(call.deadline, self.cyberscan.authenticate(call)).await {
             all.problems.add(Problem::Failed(error));
@@ -229,7 +233,7 @@ impl Asked {
 
 impl<T> Default for Findings<T> {
     fn default() -> Self {
-        Self { docs: Vec::new(), problems: Problems::default() }
+        Self { docs: Vec::new(), problems: Problems::default(), tally: None }
     }
 }
 

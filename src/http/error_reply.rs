@@ -7,7 +7,7 @@ use http::{Response, StatusCode, header};
 use serde::Serialize;
 use warp::reply::Response as Reply;
 
-use super::{body::BodyError, observables::Invalid};
+use super::{access::Account, body::BodyError, observables::Invalid};
 use crate::{
     auth::AuthError,
     ctim::{Envelope, ErrorItem, ErrorSeverity},
@@ -24,9 +24,19 @@ pub(super) fn json(value: &impl Serialize) -> Reply {
     with_status(StatusCode::OK, value, USUAL)
 }
 
+fn accounted<D: Serialize>(envelope: &Envelope<D>, size: usize) -> Reply {
+    let mut reply = with_status(StatusCode::OK, envelope, size);
+    reply.extensions_mut().insert(Account {
+        codes: envelope.errors.iter().map(|error| error.code).collect(),
+        data: envelope.data.is_some(),
+        ..Account::default()
+    });
+    reply
+}
+
 /// An answer that is nothing but `error`.
 pub(super) fn error(error: impl Into<ErrorItem>) -> Reply {
-    json(&Envelope::error(error.into()))
+    accounted(&Envelope::error(error.into()), USUAL)
 }
 
 /// `data`, and `problems` beside it. Where a look-up failed, `data` stands there only if something
@@ -37,7 +47,7 @@ pub(super) fn partial<D: Serialize>(data: D, found: bool, problems: &Problems, s
         data: (found || !problems.any_failed()).then_some(data),
         errors: problems.as_slice().iter().map(ErrorItem::from).collect(),
     };
-    with_status(StatusCode::OK, &envelope, size)
+    accounted(&envelope, size)
 }
 
 /// A fault of HTTP itself: no such route, or not with this method.

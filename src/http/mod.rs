@@ -4,6 +4,7 @@
 //! Every answer of a relay route is HTTP 200 with `data`, `errors` or both, whatever happens:
 //! the platform turns anything else into an opaque failure. Faults of HTTP itself keep their 4xx.
 
+mod access;
 mod body;
 mod bulkhead;
 mod error_reply;
@@ -28,10 +29,12 @@ use warp::{Buf, Filter, Rejection, filters::BoxedFilter, reply::Response as Repl
 use crate::{
     auth::{Authenticator, Authorized, Credentials},
     clock::Clock,
-    ctim::ErrorItem,
-    cyberscan::CyberScan,
+    ctim::{ErrorItem, Observable},
+    cyberscan::{CyberScan, Tally},
     enrich::Enricher,
+    metrics::Metrics,
 };
+use access::{Account, Entry};
 use body::Limits;
 use bulkhead::{Bulkhead, Place};
 use server::Peer;
@@ -48,6 +51,8 @@ pub struct Config {
     /// `server.max_in_flight`: requests of relay routes under way at once, three quarters of
     /// them of one tenant; more are refused at once.
     pub max_in_flight: usize,
+    /// `log.observables`: whether the access log says which observables were asked about.
+    pub log_observables: bool,
 }
 
 /// What the handlers work with; a cheap clone.
@@ -57,6 +62,9 @@ pub struct Relay<P> {
     limits: Limits,
     clock: Clock,
     bulkhead: Bulkhead,
+    metrics: Metrics,
+    /// `log.observables`: whether observables may be logged.
+    log_observables: bool,
 }
 
 impl<P> Clone for Relay<P> {
@@ -67,6 +75,8 @@ impl<P> Clone for Relay<P> {
             limits: self.limits,
             clock: self.clock,
             bulkhead: self.bulkhead.clone(),
+            metrics: self.metrics.clone(),
+            log_observables: self.log_observables,
         }
     }
 }
@@ -74,10 +84,29 @@ impl<P> Clone for Relay<P> {
 impl<P: CyberScan> Relay<P> {
     /// The relay behind the routes.
     #[must_use]
-    pub fn new(authenticator: Authenticator, enricher: Enricher<P>, clock: Clock, config: &Config) -> Self {
+    pub fn new(
+        authenticator: Authenticator,
+        enricher: Enricher<P>,
+        clock: Clock,
+        config: &Config,
+        metrics: Metrics,
+    ) -> Self {
         let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
         let bulkhead = Bulkhead::new(config.max_in_flight);
-        Self { authenticator, enricher, limits, clock, bulkhead }
+        let log_observables = config.log_observables;
+        Self { authenticator, enricher, limits, clock, bulkhead, metrics, log_observables }
+    }
+
+    /// Adds to the account of `reply` what was asked and where answers came from.
+    fn account(&self, reply: &mut Reply, observables: &[Observable], tally: Option<Arc<Tally>>) {
+        if let Some(account) = Account::of(reply) {
+            account.observables = observables.len();
+            account.tally = tally;
+            account.asked = self.log_observables.then(|| {
+                let asked = observables.iter().map(|observable| observable.subject().to_string());
+                asked.collect::<Vec<_>>().join(",")
+            });
+        }
     }
 
     /// A place among the requests under way.
@@ -107,17 +136,22 @@ pub fn service<P: CyberScan>(
     relay: &Relay<P>,
 ) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone + use<P> {
     let routes = TowerToHyperService::new(warp::service(routes(relay)));
+    let metrics = relay.metrics.clone();
     hyper::service::service_fn(move |request: Request<Incoming>| {
+        let metrics = &metrics;
         // Targets without a path (`CONNECT host:443`, `OPTIONS *`) panic some of warp's path filters.
         let has_path = request.uri().path().starts_with('/');
-        let answer = has_path.then(|| catching_panics(routes.call(request)));
+        let answer = |request| has_path.then(|| catching_panics(routes.call(request), metrics.clone()));
+        let (method, allow) = (StatusCode::METHOD_NOT_ALLOWED, Some("GET, POST, OPTIONS"));
+        let entry = Entry::begin(metrics, &request);
+        let answer = answer(request);
         async move {
-            match answer {
-                Some(answer) => answer.await,
-                None => {
-                    Ok(error_reply::http_error(StatusCode::METHOD_NOT_ALLOWED, Some("GET, POST, OPTIONS")))
-                }
-            }
+            let mut reply = match answer {
+                Some(answer) => answer.await?,
+                None => error_reply::http_error(method, allow),
+            };
+            entry.end(&mut reply);
+            Ok(reply)
         }
     })
 }
@@ -125,8 +159,10 @@ pub fn service<P: CyberScan>(
 /// A panic of a handler is one error reply; the connection and all others go on.
 async fn catching_panics(
     answer: impl Future<Output = Result<Reply, Infallible>>,
+    metrics: Metrics,
 ) -> Result<Reply, Infallible> {
     AssertUnwindSafe(answer).catch_unwind().await.unwrap_or_else(|_| {
+        metrics.panics.inc(());
         error!("a handler panicked");
         Ok(error_reply::internal_error())
     })

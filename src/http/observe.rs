@@ -9,7 +9,11 @@ use serde_json::value::RawValue;
 use warp::{Buf, reply::Response as Reply};
 
 use super::{Peer, Relay, error_reply, observables};
-use crate::{ctim::ErrorItem, cyberscan::CyberScan, enrich::Findings};
+use crate::{
+    ctim::{ErrorItem, Observable},
+    cyberscan::CyberScan,
+    enrich::Findings,
+};
 
 /// `{"sightings": {"count", "docs"}}`, or `{}` where there is none.
 #[derive(Serialize)]
@@ -31,11 +35,13 @@ pub(super) async fn observe<P: CyberScan>(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Reply {
     match sightings(&relay, &headers, peer, body).await {
-        Ok(Findings { docs, problems }) => {
+        Ok((observables, Findings { docs, problems, tally })) => {
             let found = !docs.is_empty();
             let size = 256 + docs.iter().map(|doc| doc.get().len() + 1).sum::<usize>();
             let sightings = found.then_some(Sightings { count: docs.len(), docs });
-            error_reply::partial(Entities { sightings }, found, &problems, size)
+            let mut reply = error_reply::partial(Entities { sightings }, found, &problems, size);
+            relay.account(&mut reply, &observables, tally);
+            reply
         }
         Err(error) => error_reply::error(error),
     }
@@ -46,15 +52,16 @@ async fn sightings<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-) -> Result<Findings<Arc<RawValue>>, ErrorItem> {
+) -> Result<(Vec<Observable>, Findings<Arc<RawValue>>), ErrorItem> {
     let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
-        return Ok(Findings::default());
+        return Ok((observables, Findings::default()));
     }
     let tenant = authorized.tenant?;
     let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
-    Ok(relay.enricher.observe(tenant, &observables, authorized.entities_limit, due).await)
+    let findings = relay.enricher.observe(tenant, &observables, authorized.entities_limit, due).await;
+    Ok((observables, findings))
 }

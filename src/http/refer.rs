@@ -8,7 +8,7 @@ use warp::{Buf, reply::Response as Reply};
 
 use super::{Peer, Relay, error_reply, observables};
 use crate::{
-    ctim::{ErrorItem, Reference},
+    ctim::{ErrorItem, Observable, Reference},
     cyberscan::CyberScan,
     enrich::Findings,
 };
@@ -20,9 +20,11 @@ pub(super) async fn refer<P: CyberScan>(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Reply {
     match references(&relay, &headers, peer, body).await {
-        Ok(Findings { docs, problems }) => {
+        Ok((observables, Findings { docs, problems, tally })) => {
             let found = !docs.is_empty();
-            error_reply::partial(docs, found, &problems, error_reply::USUAL)
+            let mut reply = error_reply::partial(docs, found, &problems, error_reply::USUAL);
+            relay.account(&mut reply, &observables, tally);
+            reply
         }
         Err(error) => error_reply::error(error),
     }
@@ -33,15 +35,16 @@ async fn references<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-) -> Result<Findings<Reference>, ErrorItem> {
+) -> Result<(Vec<Observable>, Findings<Reference>), ErrorItem> {
     let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
-        return Ok(Findings::default());
+        return Ok((observables, Findings::default()));
     }
     let tenant = authorized.tenant?;
     let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
-    Ok(relay.enricher.refer(tenant, &observables, due).await)
+    let findings = relay.enricher.refer(tenant, &observables, due).await;
+    Ok((observables, findings))
 }

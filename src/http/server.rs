@@ -42,6 +42,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
 use super::framing::{Guard, MAX_HEAD};
+use crate::metrics::Metrics;
 
 /// Fields of a request head, at most.
 const MAX_FIELDS: usize = 64;
@@ -77,8 +78,13 @@ pub struct Peer(pub SocketAddr);
 /// Serves until `shutdown` is cancelled, then drains: stops accepting, closes connections that wait
 /// for a request, and lets those in flight end for at most [`Config::shutdown_timeout`], after which
 /// they are aborted. No task is left when it returns.
-pub async fn serve<A, S, B>(mut listener: A, service: S, config: Config, shutdown: CancellationToken)
-where
+pub async fn serve<A, S, B>(
+    mut listener: A,
+    service: S,
+    config: Config,
+    metrics: Metrics,
+    shutdown: CancellationToken,
+) where
     A: Accept,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
@@ -109,7 +115,11 @@ where
             let seat = House::admit(&house, shutdown.child_token()).await;
             let connection = attend(io, peer, service.clone(), seat, config.clone());
             let abort = abort.clone();
-            tasks.spawn(async move { abort.run_until_cancelled(connection).await });
+            let open = Open::new(&metrics);
+            tasks.spawn(async move {
+                let _open = open;
+                abort.run_until_cancelled(connection).await
+            });
         }
     };
     let _: Option<Infallible> = shutdown.run_until_cancelled(accepting).await;
@@ -120,6 +130,22 @@ where
         warn!(connections = tasks.len(), "requests in flight did not end in time and are aborted");
         abort.cancel();
         tasks.wait().await;
+    }
+}
+
+/// Counts a connection as open until it is dropped.
+struct Open(Metrics);
+
+impl Open {
+    fn new(metrics: &Metrics) -> Self {
+        metrics.connections.add((), 1);
+        Self(metrics.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.connections.add((), -1);
     }
 }
 
@@ -586,8 +612,13 @@ mod tests {
             let (door, accepted) = mpsc::unbounded_channel();
             let shutdown = CancellationToken::new();
             let tasks = TaskTracker::new();
-            let serving =
-                serve(Door(accepted), service_fn(answer), config(max_connections), shutdown.clone());
+            let serving = serve(
+                Door(accepted),
+                service_fn(answer),
+                config(max_connections),
+                Metrics::new(),
+                shutdown.clone(),
+            );
             tasks.spawn(serving);
             tasks.close();
             let started = Instant::now();
@@ -1024,7 +1055,7 @@ mod tests {
             sleep(Duration::from_millis(u64::from(peer.port() % 3))).await;
             Ok(Response::new(Full::<Bytes>::from(".")))
         });
-        server.spawn(serve(listener, service, config(4), shutdown.clone()));
+        server.spawn(serve(listener, service, config(4), Metrics::new(), shutdown.clone()));
         server.close();
 
         let clients = TaskTracker::new();

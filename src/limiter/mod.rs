@@ -37,6 +37,7 @@ use self::{
 };
 use crate::{
     cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse},
+    metrics::{Decision, Label, Metrics, QuotaScope, QuotaWindow, Urgency},
     redis_pool::{Redis, Unavailable},
     tenant::TenantId,
 };
@@ -82,6 +83,7 @@ struct Inner {
     /// Tenants take turns at the fleet's quota: the lock is fair.
     turn: tokio::sync::Mutex<()>,
     started: Instant,
+    metrics: Metrics,
     tasks: TaskTracker,
 }
 
@@ -102,6 +104,8 @@ struct Tenant {
     scope: Scope,
     slots: Arc<Semaphore>,
     queue: Mutex<Queue>,
+    /// Calls used in each window of the tenant and of the fleet, as of then.
+    used: Mutex<Option<(Instant, Vec<u32>)>>,
 }
 
 /// Someone who waits for a call.
@@ -120,6 +124,8 @@ struct Queue {
     /// No call can be granted before.
     next: Option<Instant>,
     paused: Option<Instant>,
+    /// The fleet's quota is what is used up.
+    by_fleet: bool,
     /// 429s in a row.
     strikes: u32,
 }
@@ -132,7 +138,7 @@ pub struct Permit {
 impl Limiter {
     /// A limiter as `config` says; `redis` is where the fleet's quotas are counted.
     #[must_use]
-    pub fn new(config: Config, redis: Option<Redis>, tasks: TaskTracker) -> Self {
+    pub fn new(config: Config, redis: Option<Redis>, metrics: Metrics, tasks: TaskTracker) -> Self {
         let started = Instant::now();
         Self(Arc::new(Inner {
             fleet: Scope::new(&config.fleet, config.fallback_share),
@@ -140,9 +146,35 @@ impl Limiter {
             tenants: Cache::builder().max_capacity(TENANTS).time_to_idle(IDLE).build(),
             turn: tokio::sync::Mutex::new(()),
             started,
+            metrics,
             tasks,
             config,
         }))
+    }
+
+    /// Brings the gauges of quotas up to date.
+    pub fn measure(&self) {
+        let mut ratios = vec![[0.0_f64; QuotaWindow::ALL.len()]; QuotaScope::ALL.len()];
+        let of_tenant = self.0.config.tenant.iter().map(|window| (QuotaScope::Tenant, window));
+        let of_fleet = self.0.config.fleet.iter().map(|window| (QuotaScope::Fleet, window));
+        let windows: Vec<_> = of_tenant.chain(of_fleet).collect();
+        for (_, tenant) in &self.0.tenants {
+            let Some((at, used)) = &*lock(&tenant.used) else { continue };
+            for ((scope, window), used) in windows.iter().zip(used) {
+                let share = f64::from(*used) / f64::from(window.limit.get());
+                let ratio = ratios.get_mut(scope.index()).and_then(|of| of.get_mut(window.name().index()));
+                if let Some(ratio) = ratio
+                    && at.elapsed() < window.per
+                {
+                    *ratio = ratio.max(share);
+                }
+            }
+        }
+        for (scope, ratios) in QuotaScope::ALL.iter().zip(ratios) {
+            for (window, ratio) in QuotaWindow::ALL.iter().zip(ratios) {
+                self.0.metrics.limiter_used.set((*scope, *window), ratio);
+            }
+        }
     }
 
     fn tenant(&self, id: TenantId) -> Arc<Tenant> {
@@ -152,12 +184,15 @@ impl Limiter {
                 scope: Scope::new(&self.0.config.tenant, self.0.config.fallback_share),
                 slots: Arc::new(Semaphore::new(self.0.config.concurrency)),
                 queue: Mutex::default(),
+                used: Mutex::default(),
             })
         })
     }
 
-    fn limited(&self) -> bool {
-        !(self.0.config.tenant.is_empty() && self.0.config.fleet.is_empty())
+    /// Whether calls are counted. With Redis they are also asked about there, because of the pauses.
+    fn metered(&self) -> bool {
+        let limited = !(self.0.config.tenant.is_empty() && self.0.config.fleet.is_empty());
+        limited || self.0.shared.is_some()
     }
 
     /// Waits for a turn in the tenant's queue, unless it would come too late.
@@ -168,7 +203,7 @@ impl Limiter {
             let ahead = queue.waiting.len();
             let wait = self.wait_behind(&queue, ahead);
             if ahead >= self.0.config.queue || Instant::now() + wait > deadline {
-                return Err(Error::Throttled { retry_after: wait.max(FIRST_PAUSE) });
+                return Err(throttled(wait));
             }
             let (granter, granted) = oneshot::channel();
             queue.waiting.push_back(Waiter { granter, deadline });
@@ -183,7 +218,7 @@ impl Limiter {
             Ok(outcome) => outcome.unwrap_or(Err(Error::Lost)),
             Err(_) => {
                 let queue = lock(&tenant.queue);
-                Err(Error::Throttled { retry_after: self.wait_behind(&queue, 0).max(FIRST_PAUSE) })
+                Err(throttled(self.wait_behind(&queue, 0)))
             }
         }
     }
@@ -274,6 +309,7 @@ impl Limiter {
             }
         }
         queue.next = (!grant.wait.is_zero()).then(|| now + grant.wait);
+        queue.by_fleet = grant.fleet_exhausted;
         if grant.paused {
             queue.paused = Some(now + grant.wait);
             // A pause says nothing about the pace.
@@ -283,7 +319,7 @@ impl Limiter {
         for waiter in waiting {
             let wait = self.wait_behind(&queue, queue.waiting.len());
             if now + wait > waiter.deadline {
-                let _ = waiter.granter.send(Err(Error::Throttled { retry_after: wait.max(FIRST_PAUSE) }));
+                let _ = waiter.granter.send(Err(throttled(wait)));
             } else {
                 queue.waiting.push_back(waiter);
             }
@@ -292,6 +328,14 @@ impl Limiter {
 
     /// Takes as many of `calls` as all windows allow.
     async fn take(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
+        let grant = self.take_unnoted(tenant, calls, leave).await;
+        if !grant.used.is_empty() {
+            *lock(&tenant.used) = Some((Instant::now(), grant.used.clone()));
+        }
+        grant
+    }
+
+    async fn take_unnoted(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
         if let Some(pause) = tenant.paused() {
             return Grant { wait: pause, paused: true, ..Grant::default() };
         }
@@ -371,43 +415,58 @@ impl Limiter {
     }
 }
 
+impl Limiter {
+    async fn admit_interactive(&self, tenant: &Arc<Tenant>, call: &Call) -> Result<Permit, Error> {
+        match tenant.paused() {
+            Some(pause) if Instant::now() + pause > call.deadline => return Err(throttled(pause)),
+            None if !self.metered()
+                && lock(&tenant.queue).waiting.is_empty()
+                && let Ok(slot) = Arc::clone(&tenant.slots).try_acquire_owned() =>
+            {
+                return Ok(Permit { _slot: slot });
+            }
+            _ => {}
+        }
+        self.turn(tenant, call.deadline).await
+    }
+
+    /// At once or not at all, and only what leaves the reserve.
+    async fn admit_prefetch(&self, tenant: &Tenant) -> Result<Permit, Error> {
+        if let Some(pause) = tenant.paused() {
+            return Err(throttled(pause));
+        }
+        if !lock(&tenant.queue).waiting.is_empty() {
+            return Err(throttled(FIRST_PAUSE));
+        }
+        let slot = Arc::clone(&tenant.slots).try_acquire_owned().map_err(|_| throttled(FIRST_PAUSE))?;
+        if self.metered() {
+            let grant = self.take(tenant, 1, self.0.config.reserve).await;
+            if grant.calls == 0 {
+                return Err(throttled(grant.wait));
+            }
+        }
+        Ok(Permit { _slot: slot })
+    }
+}
+
 impl Admission for Limiter {
     type Permit = Permit;
 
     async fn admit(&self, call: &Call) -> Result<Permit, Error> {
         let tenant = self.tenant(call.tenant.id());
-        let refused = |wait: Duration| Error::Throttled { retry_after: wait.max(FIRST_PAUSE) };
-        if let Some(pause) = tenant.paused()
-            && (call.priority == Priority::Prefetch || Instant::now() + pause > call.deadline)
-        {
-            return Err(refused(pause));
+        let asked = Instant::now();
+        let (urgency, outcome) = match call.priority {
+            Priority::Interactive => (Urgency::Interactive, self.admit_interactive(&tenant, call).await),
+            Priority::Prefetch => (Urgency::Prefetch, self.admit_prefetch(&tenant).await),
+        };
+        let decision = if outcome.is_ok() { Decision::Granted } else { Decision::Refused };
+        let by_fleet = outcome.is_err() && lock(&tenant.queue).by_fleet;
+        let scope = if by_fleet { QuotaScope::Fleet } else { QuotaScope::Tenant };
+        self.0.metrics.limiter_decisions.inc((scope, urgency, decision));
+        if urgency == Urgency::Interactive && outcome.is_ok() {
+            self.0.metrics.limiter_wait.observe((), asked.elapsed().as_secs_f64());
         }
-        let metered = self.limited() || self.0.shared.is_some() || tenant.paused().is_some();
-        match call.priority {
-            Priority::Interactive => {
-                if !metered
-                    && lock(&tenant.queue).waiting.is_empty()
-                    && let Ok(slot) = Arc::clone(&tenant.slots).try_acquire_owned()
-                {
-                    return Ok(Permit { _slot: slot });
-                }
-                self.turn(&tenant, call.deadline).await
-            }
-            Priority::Prefetch => {
-                if !lock(&tenant.queue).waiting.is_empty() {
-                    return Err(refused(FIRST_PAUSE));
-                }
-                let slot = Arc::clone(&tenant.slots).try_acquire_owned();
-                let slot = slot.map_err(|_| refused(FIRST_PAUSE))?;
-                if metered {
-                    let grant = self.take(&tenant, 1, self.0.config.reserve).await;
-                    if grant.calls == 0 {
-                        return Err(refused(grant.wait));
-                    }
-                }
-                Ok(Permit { _slot: slot })
-            }
-        }
+        outcome
     }
 
     async fn answered(&self, call: &Call, pace: Pace) {
@@ -493,6 +552,10 @@ impl Scope {
             lock(&self.untold).clear();
         }
     }
+}
+
+fn throttled(wait: Duration) -> Error {
+    Error::Throttled { retry_after: wait.max(FIRST_PAUSE) }
 }
 
 /// A share of a window, evenly spaced: a hundredth of it at once, at least one call.

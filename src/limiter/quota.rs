@@ -3,6 +3,8 @@
 
 use std::{num::NonZeroU32, str::FromStr, time::Duration};
 
+use crate::metrics::QuotaWindow;
+
 /// At most `limit` calls in any span of `per`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
@@ -30,14 +32,14 @@ impl FromStr for Window {
 }
 
 impl Window {
-    /// The name of its unit of time, as the platform has it.
+    /// The name of its length.
     #[must_use]
-    pub fn unit(&self) -> &'static str {
+    pub fn name(&self) -> QuotaWindow {
         match self.per.as_secs() {
-            ..=1 => "second",
-            2..=60 => "minute",
-            61..=3_600 => "hour",
-            _ => "day",
+            ..=1 => QuotaWindow::Second,
+            2..=60 => QuotaWindow::Minute,
+            61..=3_600 => QuotaWindow::Hour,
+            _ => QuotaWindow::Day,
         }
     }
 }

@@ -4,6 +4,7 @@ use futures_util::future::join_all;
 
 use super::*;
 use crate::{
+    metrics::Metrics,
     redis_server::RedisServer,
     tenant::{ApiKey, Tenant as Who},
 };
@@ -24,12 +25,12 @@ fn config(tenant: &str, fleet: &str) -> Config {
 }
 
 fn limiter(config: Config) -> Limiter {
-    Limiter::new(config, None, TaskTracker::new())
+    Limiter::new(config, None, Metrics::new(), TaskTracker::new())
 }
 
 fn call_of(key: &str, patience: Duration, priority: Priority) -> Call {
     let tenant = Who::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
-    Call { tenant: Arc::new(tenant), deadline: Instant::now() + patience, priority }
+    Call::new(Arc::new(tenant), Instant::now() + patience, priority)
 }
 
 fn call(patience: Duration) -> Call {
@@ -283,8 +284,9 @@ async fn what_redis_has_lost_starts_empty_and_what_was_made_meanwhile_is_counted
 #[tokio::test]
 async fn a_pause_holds_for_every_replica() {
     let server = RedisServer::start().await;
-    let replicas =
-        [(); 2].map(|()| Limiter::new(config("", ""), Some(Redis::to(&server.url())), TaskTracker::new()));
+    let replicas = [(); 2].map(|()| {
+        Limiter::new(config("", ""), Some(Redis::to(&server.url())), Metrics::new(), TaskTracker::new())
+    });
     for replica in &replicas {
         drop(replica.admit(&call(5 * SECOND)).await.unwrap());
     }
@@ -302,7 +304,9 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
     let mut server = RedisServer::process(&[]).await;
     let quota = config("40/s", "");
     let replicas: Vec<Limiter> = (0..3)
-        .map(|_| Limiter::new(quota.clone(), Some(Redis::to(&server.url())), TaskTracker::new()))
+        .map(|_| {
+            Limiter::new(quota.clone(), Some(Redis::to(&server.url())), Metrics::new(), TaskTracker::new())
+        })
         .collect();
     let stop = tokio_util::sync::CancellationToken::new();
     let made: Arc<Mutex<Vec<Instant>>> = Arc::default();

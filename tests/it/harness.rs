@@ -8,6 +8,7 @@ use cyberscan_relay::{
     app, probe,
     sandbox::{Options, Sandbox},
     settings::Settings,
+    telemetry::LogLevel,
 };
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::Full;
@@ -25,6 +26,7 @@ pub(crate) const AUDIENCE: &str = "https://relay.test";
 /// sandbox goes with the last one.
 pub(crate) struct TestRelay {
     pub(crate) address: SocketAddr,
+    pub(crate) admin: SocketAddr,
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) shutdown: CancellationToken,
     served: JoinHandle<()>,
@@ -63,10 +65,13 @@ impl TestRelay {
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let admin_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = admin_listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let running = app::run(settings, listener, shutdown.clone());
+        let running =
+            app::run(settings, listener, Some((admin_listener, LogLevel::default())), shutdown.clone());
         let served = tokio::spawn(async move { running.await.unwrap() });
-        Self { address, sandbox: Arc::clone(sandbox), shutdown, served, _ca: ca }
+        Self { address, admin, sandbox: Arc::clone(sandbox), shutdown, served, _ca: ca }
     }
 
     /// Stops the relay and waits until it has drained.

@@ -13,6 +13,7 @@ mod fleet;
 mod harness;
 mod redis;
 
+mod admin;
 mod attacks;
 mod command_line;
 mod enrichment;

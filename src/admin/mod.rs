@@ -1,0 +1,266 @@
+//! The admin listener: metrics, probes, the status page, purges and the log level. It owns these routes and
+//! who may change anything; it must not know what a figure means.
+//!
+//! | route | answer |
+//! |---|---|
+//! | `GET /metrics` | all metrics, for Prometheus |
+//! | `GET /livez` | 200 as long as the process answers at all |
+//! | `GET /readyz` | 200 while the relay takes requests, 503 once it drains; what is degraded is named |
+//! | `GET /` | the status page; `GET /status` the same as JSON |
+//! | `POST /purge` | forgets answers on every replica; needs `admin.token` |
+//! | `PUT /log-level` | changes what is logged; needs `admin.token` |
+
+mod status;
+
+use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
+
+use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode, header};
+use hyper_util::service::TowerToHyperService;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+use warp::{Filter, Rejection, reply::Response as Reply};
+
+use crate::{
+    cache::{Cached, tier::Name},
+    ctim::Subject,
+    cyberscan::CyberScan,
+    http::server,
+    metrics::Metrics,
+    redis_pool::Unavailable,
+    telemetry::LogLevel,
+};
+
+/// Settings `admin.*`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `admin.token`: what mutating calls have to bring; without it they are refused.
+    pub token: Option<SecretString>,
+}
+
+/// The most bytes of a request's body.
+const BODY: u64 = 4096;
+
+/// What operators can ask to be forgotten.
+pub trait Purge: Send + Sync + 'static {
+    /// Everything.
+    fn all(&self) -> impl Future<Output = Result<(), Unavailable>> + Send;
+
+    /// All answers of a tenant, by the name it has in logs and in Redis.
+    fn tenant(&self, label: Name) -> impl Future<Output = Result<(), Unavailable>> + Send;
+
+    /// All answers about an observable, of every tenant known here.
+    fn observable(&self, subject: &Subject) -> impl Future<Output = Result<(), Unavailable>> + Send;
+}
+
+impl<P: CyberScan> Purge for Cached<P> {
+    async fn all(&self) -> Result<(), Unavailable> {
+        self.purge_all().await
+    }
+
+    async fn tenant(&self, label: Name) -> Result<(), Unavailable> {
+        self.purge_label(label).await
+    }
+
+    async fn observable(&self, subject: &Subject) -> Result<(), Unavailable> {
+        self.purge_subject(subject).await
+    }
+}
+
+/// What the routes work with.
+pub struct Admin<C> {
+    /// The cache.
+    pub cache: C,
+    /// The counters.
+    pub metrics: Metrics,
+    /// Brings those that are measured rather than counted up to date.
+    pub measure: Box<dyn Fn() + Send + Sync>,
+    /// The log.
+    pub log: LogLevel,
+    /// Whether there is a Redis.
+    pub redis: bool,
+    /// The settings.
+    pub config: Config,
+}
+
+/// Serves on `listener` until `shutdown`.
+pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: CancellationToken) {
+    let config = server::Config {
+        max_connections: std::num::NonZeroUsize::MIN.saturating_add(127),
+        header_timeout: Duration::from_secs(5),
+        idle_timeout: Duration::from_secs(75),
+        shutdown_timeout: Duration::from_secs(1),
+    };
+    let routes = routes(Arc::new(admin));
+    server::serve(
+        listener,
+        TowerToHyperService::new(warp::service(routes)),
+        config,
+        Metrics::new(),
+        shutdown,
+    )
+    .await;
+}
+
+fn routes<C: Purge>(
+    admin: Arc<Admin<C>>,
+) -> impl Filter<Extract = (Reply,), Error = Infallible> + Clone + use<C> {
+    let admin = warp::any().map(move || Arc::clone(&admin));
+    let get = warp::get().or(warp::head()).unify();
+    let page = warp::path::end()
+        .map(|| text("text/html; charset=utf-8", include_str!("page.html")))
+        .or(warp::path!("status.css").map(|| text("text/css", include_str!("page.css"))))
+        .unify()
+        .or(warp::path!("status.js").map(|| text("text/javascript", include_str!("page.js"))))
+        .unify();
+    let live = warp::path!("livez").map(|| text("text/plain", "alive\n"));
+    let ready = warp::path!("readyz").and(admin.clone()).map(|admin: Arc<Admin<C>>| ready(&admin));
+    let metrics = warp::path!("metrics").and(admin.clone()).map(|admin: Arc<Admin<C>>| {
+        (admin.measure)();
+        text("text/plain; version=0.0.4; charset=utf-8", admin.metrics.render())
+    });
+    let status = warp::path!("status").and(admin.clone()).map(|admin: Arc<Admin<C>>| {
+        (admin.measure)();
+        text("application/json", status::json(&admin.metrics, admin.redis).to_string())
+    });
+    let reading = get.and(page.or(live).unify().or(ready).unify().or(metrics).unify().or(status).unify());
+    let changing = admin
+        .and(warp::header::headers_cloned())
+        .and(warp::body::content_length_limit(BODY))
+        .and(warp::body::bytes());
+    let purge = warp::path!("purge").and(warp::post()).and(changing.clone()).then(purge);
+    let level = warp::path!("log-level").and(warp::put()).and(changing).then(
+        async |admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes| set_level(&admin, &headers, &body),
+    );
+    reading.or(purge).unify().or(level).unify().recover(refuse).unify()
+}
+
+fn text(kind: &'static str, body: impl Into<Bytes>) -> Reply {
+    let mut reply = Response::new(body.into().into());
+    let headers = reply.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    // The page and what it loads are all there is: nothing from elsewhere, nothing inline, in no frame.
+    let policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+    headers.insert(header::CONTENT_SECURITY_POLICY, header::HeaderValue::from_static(policy));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    reply
+}
+
+fn answer(status: StatusCode, value: &serde_json::Value) -> Reply {
+    let mut reply = text("application/json", value.to_string());
+    *reply.status_mut() = status;
+    reply
+}
+
+fn ready<C>(admin: &Admin<C>) -> Reply {
+    let draining = admin.metrics.ready.get(()) == 0;
+    let redis = match (admin.redis, admin.metrics.redis_up.get(()) == 1) {
+        (false, _) => "not configured",
+        (true, true) => "ok",
+        // Not a reason to take the relay out: it serves from memory and asks CyberScan.
+        (true, false) => "degraded",
+    };
+    let status = if draining { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    answer(status, &json!({"ready": !draining, "redis": redis}))
+}
+
+/// What a purge is about: exactly one of these.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Purged {
+    #[serde(default)]
+    all: bool,
+    tenant: Option<String>,
+    observable: Option<String>,
+}
+
+async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) -> Reply {
+    if let Some(refusal) = refusal(&admin.config, &headers) {
+        return refusal;
+    }
+    const EXPECTED: &str = "expected {\"all\": true}, {\"tenant\": \"<32 hex digits>\"} or {\"observable\": \"<address or domain>\"}";
+    let invalid = || answer(StatusCode::BAD_REQUEST, &json!({"error": EXPECTED}));
+    let Ok(purged) = serde_json::from_slice::<Purged>(&body) else { return invalid() };
+    let outcome = match (purged.all, purged.tenant, purged.observable) {
+        (true, None, None) => admin.cache.all().await,
+        (false, Some(label), None) => match name(&label) {
+            Some(label) => admin.cache.tenant(label).await,
+            None => return invalid(),
+        },
+        (false, None, Some(observable)) => match Subject::parse(&observable) {
+            Some(subject) => admin.cache.observable(&subject).await,
+            None => return invalid(),
+        },
+        _ => return invalid(),
+    };
+    info!(everywhere = outcome.is_ok(), "answers were purged");
+    match outcome {
+        Ok(()) => answer(StatusCode::OK, &json!({"purged": "on every replica"})),
+        Err(Unavailable) => answer(
+            StatusCode::BAD_GATEWAY,
+            &json!({"error": "forgotten here; Redis, and so the other replicas, could not be told"}),
+        ),
+    }
+}
+
+fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
+    if let Some(refusal) = refusal(&admin.config, headers) {
+        return refusal;
+    }
+    let level = std::str::from_utf8(body).ok().and_then(|text| text.trim().parse().ok());
+    match level.map(|level| admin.log.set(&level)) {
+        Some(true) => {
+            info!("the log level was changed");
+            answer(StatusCode::OK, &json!({"level": String::from_utf8_lossy(body).trim()}))
+        }
+        Some(false) => answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"})),
+        None => answer(
+            StatusCode::BAD_REQUEST,
+            &json!({"error": "expected a level such as info, or filter directives"}),
+        ),
+    }
+}
+
+/// What is said to those whose `headers` do not bring `admin.token`; compared by digests, in constant time.
+fn refusal(config: &Config, headers: &HeaderMap) -> Option<Reply> {
+    let Some(token) = &config.token else {
+        let error = "admin.token is not set: nothing can be changed here";
+        return Some(answer(StatusCode::FORBIDDEN, &json!({"error": error})));
+    };
+    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    let hash = |text: &str| digest::digest(&digest::SHA256, text.as_bytes());
+    if verify_slices_are_equal(hash(given).as_ref(), hash(token.expose_secret()).as_ref()).is_ok() {
+        return None;
+    }
+    let mut refusal = answer(StatusCode::UNAUTHORIZED, &json!({"error": "admin.token does not match"}));
+    let bearer = header::HeaderValue::from_static("Bearer");
+    refusal.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
+    Some(refusal)
+}
+
+/// 32 hexadecimal digits.
+fn name(text: &str) -> Option<Name> {
+    let number =
+        u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32 && !text.starts_with('+'))?;
+    Some(number.to_be_bytes())
+}
+
+async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
+    let status = if rejection.is_not_found() {
+        StatusCode::NOT_FOUND
+    } else if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
+        StatusCode::PAYLOAD_TOO_LARGE
+    } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
+        StatusCode::METHOD_NOT_ALLOWED
+    } else {
+        StatusCode::BAD_REQUEST
+    };
+    Ok(answer(status, &json!({"error": status.canonical_reason()})))
+}

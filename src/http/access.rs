@@ -1,0 +1,154 @@
+//! What is counted and logged of each request. It owns the access line; nothing of a token, key or host is ever
+//! in it, and observables only where `log.observables` says so.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use http::{HeaderMap, Request};
+use tokio::time::Instant;
+use tracing::info;
+use warp::reply::Response as Reply;
+
+use crate::{
+    cyberscan::Tally,
+    metrics::{Answered, Endpoint, ErrorCode, Label, Metrics},
+};
+
+/// What a handler tells about its answer, in the extensions of the reply.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Account {
+    /// The codes of error items and warnings.
+    pub(super) codes: Vec<&'static str>,
+    /// There are findings, or that there are none is known.
+    pub(super) data: bool,
+    /// How many observables were asked about.
+    pub(super) observables: usize,
+    /// The observables themselves, if they may be logged.
+    pub(super) asked: Option<String>,
+    /// Where answers came from.
+    pub(super) tally: Option<Arc<Tally>>,
+}
+
+/// A request under way.
+pub(super) struct Entry {
+    metrics: Metrics,
+    endpoint: Endpoint,
+    id: String,
+    started: Instant,
+}
+
+impl Account {
+    /// Leaves it with `reply`, for [`Entry::end`].
+    pub(super) fn of(reply: &mut Reply) -> Option<&mut Self> {
+        reply.extensions_mut().get_mut::<Self>()
+    }
+
+    fn answered(&self) -> Answered {
+        let warning = |code: &&str| matches!(ErrorCode::of(code), ErrorCode::Stale | ErrorCode::LeftOut);
+        match (self.codes.iter().all(|code| warning(code)), self.data) {
+            (true, _) => Answered::Whole,
+            (false, true) => Answered::Partial,
+            (false, false) => Answered::Failed,
+        }
+    }
+}
+
+impl Entry {
+    pub(super) fn begin<B>(metrics: &Metrics, request: &Request<B>) -> Self {
+        let endpoint = match request.uri().path() {
+            "/observe/observables" => Endpoint::Observe,
+            "/refer/observables" => Endpoint::Refer,
+            "/health" => Endpoint::Health,
+            _ => Endpoint::Other,
+        };
+        metrics.requests_in_flight.add((), 1);
+        Self { metrics: metrics.clone(), endpoint, id: id(request.headers()), started: Instant::now() }
+    }
+
+    /// Counts and logs the request with what its handler told of `reply`.
+    pub(super) fn end(self, reply: &mut Reply) {
+        let status = reply.status();
+        let account = reply.extensions_mut().remove::<Account>().unwrap_or_default();
+        let answered = if status.is_success() { account.answered() } else { Answered::Failed };
+        let took = self.started.elapsed().as_secs_f64();
+        let metrics = &self.metrics;
+        metrics.requests.inc((self.endpoint, answered));
+        metrics.request_duration.observe((self.endpoint,), took);
+        if account.observables > 0 {
+            let count = u64::try_from(account.observables).unwrap_or(u64::MAX);
+            metrics.observables.inc_by((self.endpoint,), count);
+        }
+        for code in &account.codes {
+            metrics.errors.inc((ErrorCode::of(code),));
+        }
+        let tally = account.tally.unwrap_or_default();
+        let count = |of: fn(&Tally) -> &std::sync::atomic::AtomicU32| of(&tally).load(Ordering::Relaxed);
+        let asked = account.asked.as_deref();
+        info!(
+            target: "access",
+            id = self.id,
+            endpoint = self.endpoint.as_str(),
+            status = status.as_u16(),
+            outcome = answered.as_str(),
+            ms = (took * 1e6).round() / 1e3,
+            observables = account.observables,
+            memory = count(|tally| &tally.memory),
+            redis = count(|tally| &tally.redis),
+            upstream = count(|tally| &tally.upstream),
+            stale = count(|tally| &tally.stale),
+            failed = count(|tally| &tally.failed),
+            codes = (!account.codes.is_empty()).then(|| account.codes.join(",")),
+            asked,
+        );
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.metrics.requests_in_flight.add((), -1);
+    }
+}
+
+/// The request's id: that of the proxy in front, if it is a harmless one, or one of our own.
+fn id(headers: &HeaderMap) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let harmless = |id: &&str| {
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+        (1..=64).contains(&id.len()) && id.bytes().all(fits)
+    };
+    let given = headers.get("x-request-id").and_then(|value| value.to_str().ok()).filter(harmless);
+    given.map_or_else(
+        || format!("{:x}-{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)),
+        str::to_owned,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_id_is_taken_only_if_it_is_harmless() {
+        let given = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-request-id", value.parse().unwrap());
+            id(&headers)
+        };
+        assert_eq!(given("f3a-9.B_7"), "f3a-9.B_7");
+        for odd in ["", "a b", "\"}", "Bearer%20x", &"x".repeat(65)] {
+            assert_ne!(given(odd), odd);
+        }
+        assert_ne!(id(&HeaderMap::new()), id(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn warnings_leave_an_answer_whole() {
+        let account =
+            |codes: &[&'static str], data| Account { codes: codes.into(), data, ..Account::default() };
+        assert_eq!(account(&["stale data"], true).answered(), Answered::Whole);
+        assert_eq!(account(&["stale data", "request timeout"], true).answered(), Answered::Partial);
+        assert_eq!(account(&["request timeout"], false).answered(), Answered::Failed);
+    }
+}
