@@ -57,7 +57,7 @@ clean_up() {
     trap - EXIT INT TERM
     set +e
     if [ -e "$work/project/docker-compose.yml" ]; then
-        [ "$failed" = 0 ] && [ "$status" = 0 ] || compose logs --tail 40 >&2
+        if [ "$failed" != 0 ] || [ "$status" != 0 ]; then compose logs --tail 40 >&2; fi
         compose down --volumes --remove-orphans --timeout 5 >/dev/null 2>&1
     fi
     for image in $made; do docker image rm --force "$image" >/dev/null 2>&1; done
@@ -84,8 +84,9 @@ install() {
         >"$work/apt" 2>&1 || give_up "could not install $*: $(tail -n 1 "$work/apt")"
 }
 if ! docker info >/dev/null 2>&1; then
-    command -v dockerd >/dev/null 2>&1 && command -v docker >/dev/null 2>&1 && command -v iptables >/dev/null 2>&1 ||
-        install docker.io iptables
+    for program in dockerd docker iptables; do
+        command -v "$program" >/dev/null 2>&1 || { install docker.io iptables && break; }
+    done
     [ "$(id -u)" = 0 ] || give_up "there is no container engine that answers; start one, or set DOCKER_HOST"
     mkdir "$work/engine"
     export DOCKER_HOST="unix://$work/docker.sock"
@@ -203,6 +204,7 @@ if [ -n "${RELAY_BINARY:-}" ]; then
     cp "$RELAY_BINARY" "$work/context/cyberscan-relay"
     cp LICENSE "$work/context/"
     # The Dockerfile with its last stage only.
+    # shellcheck disable=SC2016 # the Dockerfile's variable
     sed -e '/^FROM.* AS build/,/^FROM \${BASE_IMAGE}/{/^FROM \${BASE_IMAGE}/!d}' \
         -e 's|^COPY --from=build /src/target/release/|COPY |' Dockerfile >"$work/context/Dockerfile"
     docker build --quiet --build-arg RELAY_REVISION="$revision" --tag "$image" "$work/context" >"$work/out" 2>&1 ||
