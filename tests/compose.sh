@@ -217,7 +217,7 @@ else
         mkdir "$work/images/toolchain"
         cp -a "$toolchain/bin" "$work/images/toolchain/"
         mkdir -p "$work/images/toolchain/lib/rustlib"
-        cp -a "$toolchain"/lib/*.so "$work/images/toolchain/lib/"
+        cp -a "$toolchain"/lib/*.so* "$work/images/toolchain/lib/"
         cp -a "$toolchain"/lib/rustlib/*-linux-gnu "$work/images/toolchain/lib/rustlib/"
         stand_in "$rust_image" <<'DOCKERFILE'
 FROM scratch
