@@ -32,7 +32,8 @@ ARG RELAY_VERSION=0.1.0
 ARG RELAY_REVISION=unknown
 # Where the source of what is published can be had; whoever publishes knows.
 ARG RELAY_SOURCE=unknown
-ARG BASE_IMAGE=gcr.io/distroless/cc-debian12:nonroot
+# The value from above the first stage.
+ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="cyberscan-relay" \
       org.opencontainers.image.description="A caching, rate-limited relay between Cisco SecureX/XDR and CyberScan" \
       org.opencontainers.image.version="${RELAY_VERSION}" \
