@@ -217,6 +217,7 @@ impl World {
         let mut command = Command::new(binary);
         command
             .env("RELAY_LISTEN", "127.0.0.1:0")
+            .env("RELAY_ADMIN_LISTEN", "127.0.0.1:0")
             .env("RELAY_AUTH_AUDIENCES", AUDIENCE)
             .env("RELAY_AUTH_JWKS_HOSTS", text("issuer"))
             .env("RELAY_CYBERSCAN_HOSTS", text("cyberscan"))

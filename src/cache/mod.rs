@@ -580,7 +580,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             return answer;
         }
         let of = |scope: &Scope| purged.get(scope).copied().unwrap_or(0);
-        answer.max(of(&Scope::All)).max(of(&Scope::Tenant(label(key.tenant))))
+        answer.max(of(&Scope::All)).max(of(&Scope::Tenant(key.tenant.label())))
     }
 
     fn hear(&self, event: Event) {
@@ -593,7 +593,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
             Event::Purged { scope, version } => self.drop_before(scope, version),
             Event::Revoked { tenant, version } => {
-                let revoked = move |id: &TenantId, _: &Instant| label(*id) == tenant;
+                let revoked = move |id: &TenantId, _: &Instant| id.label() == tenant;
                 let _ = self.0.accepted.invalidate_entries_if(revoked);
                 self.drop_before(Scope::Tenant(tenant), version);
             }
@@ -626,7 +626,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             kept.version <= version
                 && match scope {
                     Scope::All => true,
-                    Scope::Tenant(tenant) => label(kept.tenant) == tenant,
+                    Scope::Tenant(tenant) => kept.tenant.label() == tenant,
                     Scope::Answer(_) => false,
                 }
         });
@@ -660,11 +660,6 @@ fn outcome(freshness: Freshness, negative: bool) -> Outcome {
 /// What a value is bound to when it is sealed: where it stands.
 fn binding(key: &Key) -> [u8; 16] {
     key.name
-}
-
-/// The name of a tenant in Redis.
-fn label(tenant: TenantId) -> [u8; 16] {
-    tenant.derive("label", &[])
 }
 
 impl Failure {
@@ -725,6 +720,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// Brings the gauges of memory up to date.
     pub fn measure(&self) {
         let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.0.memory.run_pending_tasks();
         self.0.metrics.cache_entries.set((), whole(self.0.memory.entry_count()));
         self.0.metrics.cache_bytes.set((), whole(self.0.memory.weighted_size()));
         self.0.metrics.cache_capacity.set((), whole(self.0.config.memory));
@@ -776,9 +772,9 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 }
                 if *error == Error::Unauthorized {
                     self.0.accepted.invalidate(&tenant);
-                    self.drop_before(Scope::Tenant(label(tenant)), self.version_now());
+                    self.drop_before(Scope::Tenant(tenant.label()), self.version_now());
                     if let Some(shared) = &self.0.shared {
-                        shared.revoke(label(tenant)).await;
+                        shared.revoke(tenant.label()).await;
                     }
                 }
             }

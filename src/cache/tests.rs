@@ -525,7 +525,7 @@ async fn tenants_share_nothing() {
         }
     }
     assert_eq!(fake.calls(), 1_000);
-    stage.purge_label(label(call_of("key-7", SECOND).tenant.id())).await.unwrap();
+    stage.purge_label(call_of("key-7", SECOND).tenant.id().label()).await.unwrap();
     for tenant in 0..50 {
         stage.host(&call_of(&format!("key-{tenant}"), 20 * SECOND), ip(3)).await.unwrap();
     }

@@ -27,6 +27,8 @@ pub(super) struct Account {
     pub(super) observables: usize,
     /// The observables themselves, if they may be logged.
     pub(super) asked: Option<String>,
+    /// The tenant's name in logs.
+    pub(super) tenant: Option<Arc<str>>,
     /// Where answers came from.
     pub(super) tally: Option<Arc<Tally>>,
 }
@@ -47,7 +49,7 @@ impl Account {
 
     fn answered(&self) -> Answered {
         let warning = |code: &&str| matches!(ErrorCode::of(code), ErrorCode::Stale | ErrorCode::LeftOut);
-        match (self.codes.iter().all(|code| warning(code)), self.data) {
+        match (self.codes.iter().all(warning), self.data) {
             (true, _) => Answered::Whole,
             (false, true) => Answered::Partial,
             (false, false) => Answered::Failed,
@@ -90,6 +92,7 @@ impl Entry {
             target: "access",
             id = self.id,
             endpoint = self.endpoint.as_str(),
+            tenant = account.tenant.as_deref(),
             status = status.as_u16(),
             outcome = answered.as_str(),
             ms = (took * 1e6).round() / 1e3,

@@ -55,6 +55,12 @@ pub struct Config {
     pub log_observables: bool,
 }
 
+/// Who asked about what.
+struct Asked {
+    observables: Vec<Observable>,
+    tenant: Option<Arc<str>>,
+}
+
 /// What the handlers work with; a cheap clone.
 pub struct Relay<P> {
     authenticator: Authenticator,
@@ -98,12 +104,13 @@ impl<P: CyberScan> Relay<P> {
     }
 
     /// Adds to the account of `reply` what was asked and where answers came from.
-    fn account(&self, reply: &mut Reply, observables: &[Observable], tally: Option<Arc<Tally>>) {
+    fn account(&self, reply: &mut Reply, asked: &Asked, tally: Option<Arc<Tally>>) {
         if let Some(account) = Account::of(reply) {
-            account.observables = observables.len();
+            account.observables = asked.observables.len();
+            account.tenant.clone_from(&asked.tenant);
             account.tally = tally;
             account.asked = self.log_observables.then(|| {
-                let asked = observables.iter().map(|observable| observable.subject().to_string());
+                let asked = asked.observables.iter().map(|observable| observable.subject().to_string());
                 asked.collect::<Vec<_>>().join(",")
             });
         }

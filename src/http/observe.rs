@@ -8,12 +8,8 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use warp::{Buf, reply::Response as Reply};
 
-use super::{Peer, Relay, error_reply, observables};
-use crate::{
-    ctim::{ErrorItem, Observable},
-    cyberscan::CyberScan,
-    enrich::Findings,
-};
+use super::{Asked, Peer, Relay, error_reply, observables};
+use crate::{ctim::ErrorItem, cyberscan::CyberScan, enrich::Findings};
 
 /// `{"sightings": {"count", "docs"}}`, or `{}` where there is none.
 #[derive(Serialize)]
@@ -35,12 +31,12 @@ pub(super) async fn observe<P: CyberScan>(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Reply {
     match sightings(&relay, &headers, peer, body).await {
-        Ok((observables, Findings { docs, problems, tally })) => {
+        Ok((asked, Findings { docs, problems, tally })) => {
             let found = !docs.is_empty();
             let size = 256 + docs.iter().map(|doc| doc.get().len() + 1).sum::<usize>();
             let sightings = found.then_some(Sightings { count: docs.len(), docs });
             let mut reply = error_reply::partial(Entities { sightings }, found, &problems, size);
-            relay.account(&mut reply, &observables, tally);
+            relay.account(&mut reply, &asked, tally);
             reply
         }
         Err(error) => error_reply::error(error),
@@ -52,16 +48,17 @@ async fn sightings<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-) -> Result<(Vec<Observable>, Findings<Arc<RawValue>>), ErrorItem> {
+) -> Result<(Asked, Findings<Arc<RawValue>>), ErrorItem> {
     let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
-        return Ok((observables, Findings::default()));
+        return Ok((Asked { observables, tenant: None }, Findings::default()));
     }
-    let tenant = authorized.tenant?;
-    let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
-    let findings = relay.enricher.observe(tenant, &observables, authorized.entities_limit, due).await;
-    Ok((observables, findings))
+    let who = authorized.tenant?;
+    let tenant = Some(who.label());
+    let _place = place.of(who.id()).ok_or_else(error_reply::busy)?;
+    let findings = relay.enricher.observe(who, &observables, authorized.entities_limit, due).await;
+    Ok((Asked { observables, tenant }, findings))
 }

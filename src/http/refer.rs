@@ -6,9 +6,9 @@ use futures_util::Stream;
 use http::HeaderMap;
 use warp::{Buf, reply::Response as Reply};
 
-use super::{Peer, Relay, error_reply, observables};
+use super::{Asked, Peer, Relay, error_reply, observables};
 use crate::{
-    ctim::{ErrorItem, Observable, Reference},
+    ctim::{ErrorItem, Reference},
     cyberscan::CyberScan,
     enrich::Findings,
 };
@@ -20,10 +20,10 @@ pub(super) async fn refer<P: CyberScan>(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Reply {
     match references(&relay, &headers, peer, body).await {
-        Ok((observables, Findings { docs, problems, tally })) => {
+        Ok((asked, Findings { docs, problems, tally })) => {
             let found = !docs.is_empty();
             let mut reply = error_reply::partial(docs, found, &problems, error_reply::USUAL);
-            relay.account(&mut reply, &observables, tally);
+            relay.account(&mut reply, &asked, tally);
             reply
         }
         Err(error) => error_reply::error(error),
@@ -35,16 +35,17 @@ async fn references<P: CyberScan>(
     headers: &HeaderMap,
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-) -> Result<(Vec<Observable>, Findings<Reference>), ErrorItem> {
+) -> Result<(Asked, Findings<Reference>), ErrorItem> {
     let place = relay.place()?;
     let due = relay.enricher.due();
     let (authorized, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
-        return Ok((observables, Findings::default()));
+        return Ok((Asked { observables, tenant: None }, Findings::default()));
     }
-    let tenant = authorized.tenant?;
-    let _place = place.of(tenant.id()).ok_or_else(error_reply::busy)?;
-    let findings = relay.enricher.refer(tenant, &observables, due).await;
-    Ok((observables, findings))
+    let who = authorized.tenant?;
+    let tenant = Some(who.label());
+    let _place = place.of(who.id()).ok_or_else(error_reply::busy)?;
+    let findings = relay.enricher.refer(who, &observables, due).await;
+    Ok((Asked { observables, tenant }, findings))
 }

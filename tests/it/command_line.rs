@@ -63,7 +63,8 @@ async fn check_prints_the_settings_in_force_or_all_faults() {
 
 /// A serving relay and where it listens.
 async fn serving() -> (Child, String) {
-    let mut child = relay().env("RELAY_LISTEN", "127.0.0.1:0").spawn().unwrap();
+    let mut child =
+        relay().env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0").spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let address = loop {
         let line =

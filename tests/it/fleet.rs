@@ -159,7 +159,7 @@ impl RelayProcess {
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_cyberscan-relay"));
         command.env_clear().kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
-        command.env("RELAY_LISTEN", "127.0.0.1:0");
+        command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0");
         command.envs(sandbox_settings(sandbox, ca.path().to_str().unwrap()));
         command.envs(settings.iter().copied());
         let mut child = command.spawn().unwrap();

@@ -19,7 +19,6 @@ mod command_line;
 mod enrichment;
 mod golden;
 mod limits;
-mod overload;
 mod redis_trouble;
 mod replicas;
 mod routes;

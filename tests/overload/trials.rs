@@ -7,6 +7,7 @@ use std::{net::SocketAddr, time::Duration};
 use cyberscan_relay::sandbox::{Behaviour, Call, Options, Recorded, Rule, Sandbox};
 use serde_json::{Value, json};
 use tokio::{
+    sync::{Mutex, MutexGuard},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
@@ -18,10 +19,15 @@ use crate::{
 };
 
 /// How long a phase of a trial takes.
-#[expect(clippy::disallowed_methods, reason = "a test's own setting, not the relay's")]
 fn phase() -> Duration {
     let seconds = std::env::var("RELAY_TRIAL_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     Duration::from_secs(seconds.unwrap_or(6))
+}
+
+/// The machine for oneself.
+async fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::const_new(());
+    TURN.lock().await
 }
 
 /// One question of a steady stream.
@@ -111,6 +117,7 @@ impl Replicas {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_the_quota_uses_the_quota_and_no_more() {
+    let _alone = alone().await;
     let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "40/s")]).await;
     let token = fleet.sandbox.token(AUDIENCE);
     // The window is new and has to grow.
@@ -132,6 +139,7 @@ async fn ten_times_the_quota_uses_the_quota_and_no_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
+    let _alone = alone().await;
     let mut fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "40/s")]).await;
     let (token, relays) = (fleet.sandbox.token(AUDIENCE), fleet.addresses());
     sleep(Duration::from_secs(2)).await;
@@ -161,6 +169,7 @@ async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tenant_at_a_hundred_times_its_quota_is_no_bother_to_another() {
+    let _alone = alone().await;
     let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "5/s, 10000/h")]).await;
     fleet.sandbox.cyberscan.latency(Duration::from_millis(100));
     let (loud, quiet, relays) = (fleet.token_of("loud"), fleet.token_of("quiet"), fleet.addresses());
@@ -189,6 +198,7 @@ async fn a_tenant_at_a_hundred_times_its_quota_is_no_bother_to_another() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
+    let _alone = alone().await;
     let sandbox = Sandbox::start(Options::default()).await.unwrap();
     let settings = [("RELAY_SERVER_MAX_IN_FLIGHT", "10"), ("RELAY_LIMITER_CONCURRENCY", "64")];
     let relay = RelayProcess::start(&sandbox, &settings).await;
@@ -218,6 +228,7 @@ async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
 
 #[tokio::test]
 async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
+    let _alone = alone().await;
     let relay =
         TestRelay::with(&[("RELAY_CYBERSCAN_TIMEOUT", "1s"), ("RELAY_LIMITER_CONCURRENCY", "64")]).await;
     relay.observe(&[("ip", "203.0.113.10")]).await;

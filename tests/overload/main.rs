@@ -1,0 +1,20 @@
+//! Trials under load. They are a test binary of their own because cargo runs one after the other: what is
+//! measured here would be the other tests' load, too. For the same reason they take turns.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::disallowed_methods,
+    dead_code,
+    reason = "a test that cannot go on has failed; not all of the harness is needed here"
+)]
+
+#[path = "../it/fleet.rs"]
+mod fleet;
+#[path = "../it/harness.rs"]
+mod harness;
+#[path = "../it/redis.rs"]
+mod redis;
+
+mod trials;
