@@ -64,7 +64,10 @@ clean_up() {
     if [ -n "$engine" ]; then
         kill "$engine" 2>/dev/null
         wait "$engine" 2>/dev/null
-        umount -R "$work/engine" 2>/dev/null
+        # What it leaves mounted, the namespace of its default network among it.
+        awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
+            umount "$mounted" 2>/dev/null
+        done
     fi
     rm -rf "$work"
     exit "$status"
