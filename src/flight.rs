@@ -82,6 +82,12 @@ where
         outcome
     }
 
+    /// The outcome to come of the attempt running for `key`, if there is one.
+    #[must_use]
+    pub fn running(&self, key: &K) -> Option<watch::Receiver<Option<T>>> {
+        lock(&self.table).get(key).cloned()
+    }
+
     /// Whether an attempt for `key` is running.
     #[must_use]
     pub fn is_running(&self, key: &K) -> bool {

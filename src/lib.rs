@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod redis_pool;
 pub mod egress;
 pub mod tenant;
+pub mod worker;
 pub mod ctim;
 pub mod cyberscan;
 pub mod cache;

@@ -12,11 +12,7 @@
 //! | 8 | not sealed: a checksum, which tells what was altered or stands under another key by accident |
 //! | rest | flags, times, the record (postcard, LZ4 where it helps); sealed: and the tag |
 
-use std::{
-    any::Any,
-    sync::{Arc, atomic::AtomicBool},
-    time::Duration,
-};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey},
@@ -26,7 +22,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::Instant;
 
-use super::{policy::Lifetime, tier::Key};
+use super::{policy::Lifetime, reads::Reads, tier::Key};
 use crate::{
     metrics::{Rejection, Resource},
     tenant::TenantId,
@@ -68,8 +64,7 @@ pub(super) struct Kept {
     pub(super) resource: Resource,
     /// Bytes it occupies, roughly.
     pub(super) weight: u32,
-    /// It was brought here for a look-up that has not come yet.
-    pub(super) unread: Arc<AtomicBool>,
+    pub(super) reads: Arc<Reads>,
 }
 
 impl<T> Clone for Entry<T> {
@@ -88,7 +83,7 @@ impl<T: Send + Sync + 'static> Entry<T> {
             born,
             tenant: key.tenant,
             resource: key.resource,
-            unread: Arc::default(),
+            reads: Arc::default(),
             weight: u32::try_from(weight + size_of::<Kept>()).unwrap_or(u32::MAX),
         }
     }

@@ -15,6 +15,7 @@
 
 mod entry;
 pub mod policy;
+pub mod reads;
 pub mod redis;
 pub mod tier;
 #[cfg(test)]
@@ -24,7 +25,7 @@ use std::{
     collections::HashMap,
     future::Future,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -39,6 +40,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     entry::{Codec, Entry, Kept},
     policy::{Freshness, Policy},
+    reads::{Note, Notes},
     redis::RedisTier,
     tier::{Claim, Event, Key, Name, Scope, SharedTier, Told, VersionClock},
 };
@@ -47,8 +49,8 @@ use crate::{
     clock::Clock,
     ctim::{DomainName, Subject},
     cyberscan::{
-        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, QuotaUse, Record, Vulnerabilities,
-        tick,
+        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Priority, Purpose, QuotaUse, Record,
+        Vulnerabilities, tick,
     },
     flight::Flights,
     metrics::{Flight, Metrics, Outcome, Resource, Tier},
@@ -101,6 +103,10 @@ struct Inner<P, T> {
     local_clock: VersionClock,
     codec: Codec,
     flights: Flights<Name, Result<Filled, Error>>,
+    /// Fills nobody waits for; what fails there is nobody's failure.
+    prefetches: Flights<Name, Result<Filled, Error>>,
+    /// Where reads are noted, if somebody wants to know.
+    notes: OnceLock<Notes>,
     failures: Cache<Name, Failure>,
     /// When CyberScan last accepted a tenant's key.
     accepted: Cache<TenantId, Instant>,
@@ -141,6 +147,11 @@ trait Kind: Serialize + DeserializeOwned + Send + Sync + Sized + 'static {
     type Subject: Clone + ToString + Send + Sync + 'static;
 
     fn policy(config: &Config) -> &Policy;
+    fn subject(subject: &Self::Subject) -> Subject;
+    /// Where it leads, for a domain.
+    fn address(&self) -> Option<IpAddr> {
+        None
+    }
     /// Bytes in memory, roughly.
     fn weight(&self) -> usize;
     fn ask<P: CyberScan>(
@@ -156,6 +167,14 @@ impl Kind for DomainRecord {
 
     fn policy(config: &Config) -> &Policy {
         &config.domain
+    }
+
+    fn subject(subject: &DomainName) -> Subject {
+        Subject::Domain(subject.clone())
+    }
+
+    fn address(&self) -> Option<IpAddr> {
+        self.ip
     }
 
     fn weight(&self) -> usize {
@@ -179,6 +198,10 @@ impl Kind for HostRecord {
         &config.host
     }
 
+    fn subject(subject: &IpAddr) -> Subject {
+        Subject::Ip(*subject)
+    }
+
     fn weight(&self) -> usize {
         size_of::<Self>() + self.details_page.as_ref().map_or(0, String::capacity)
     }
@@ -198,6 +221,10 @@ impl Kind for Vulnerabilities {
 
     fn policy(config: &Config) -> &Policy {
         &config.vulnerabilities
+    }
+
+    fn subject(subject: &IpAddr) -> Subject {
+        Subject::Ip(*subject)
     }
 
     fn weight(&self) -> usize {
@@ -277,6 +304,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             shared,
             local_clock: VersionClock::new(clock),
             flights: Flights::new(tasks.clone()),
+            prefetches: Flights::new(tasks.clone()),
+            notes: OnceLock::new(),
             failures: Cache::builder().max_capacity(FAILURES).time_to_live(2 * LONGEST_PAUSE).build(),
             accepted: Cache::builder()
                 .max_capacity(TENANTS)
@@ -302,6 +331,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         this
     }
 
+    /// What is read from now on.
+    #[must_use]
+    pub fn notes(&self) -> Notes {
+        self.0.notes.get_or_init(Notes::default).clone()
+    }
+
     /// An answer as the table above says.
     async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
         let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
@@ -317,6 +352,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let filled = Box::pin(filled).await.inspect_err(|_| tick(&call.tally.failed))?;
                 if !filled.adopted {
                     tick(&call.tally.upstream);
+                    self.note::<K>(call, &key, subject, &filled.kept, true);
                     return filled.kept.answer();
                 }
                 tick(&call.tally.redis);
@@ -324,13 +360,18 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 (filled.kept, freshness)
             }
         };
+        self.note::<K>(call, &key, subject, &kept, false);
         match freshness {
             Freshness::Fresh => {}
+            Freshness::Due if kept.cared_for() => {}
             Freshness::Due | Freshness::Revalidate => self.renew::<K>(&key, call, subject, kept.version),
             Freshness::IfError | Freshness::Dead => {
                 let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
                 match Box::pin(self.fill_by::<K>(&key, call, subject, kept.version, soft)).await {
-                    Ok(filled) => return filled.kept.answer(),
+                    Ok(filled) => {
+                        self.note::<K>(call, &key, subject, &filled.kept, !filled.adopted);
+                        return filled.kept.answer();
+                    }
                     // A refused key gets nothing, however old.
                     Err(Error::Unauthorized) => return Err(Error::Unauthorized),
                     Err(_) => {
@@ -342,6 +383,24 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
         }
         kept.answer()
+    }
+
+    /// Notes that an answer was read. One that is "not known" ends soon, and is not worth a note.
+    fn note<K: Kind>(&self, call: &Call, key: &Key, subject: &K::Subject, kept: &Kept, filled: bool) {
+        let Some(notes) = self.0.notes.get() else { return };
+        if kept.lifetime.negative {
+            return;
+        }
+        notes.read(&kept.reads, |reads| Note {
+            tenant: Arc::clone(&call.tenant),
+            key: key.clone(),
+            subject: K::subject(subject),
+            address: kept.entry::<K>().and_then(|entry| entry.record?.address()),
+            expires_in: kept.lifetime.fresh.saturating_sub(kept.age()),
+            life: kept.lifetime.fresh,
+            filled,
+            reads,
+        });
     }
 
     /// What memory has under `key`, unless it is as good as nothing.
@@ -375,6 +434,13 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             return Err(failure.error);
         }
         let after = deadline.saturating_duration_since(Instant::now());
+        if let Some(mut ahead) = self.0.prefetches.running(&key.name)
+            && let Ok(Ok(outcome)) = timeout_at(deadline, ahead.wait_for(Option::is_some)).await
+            && let Some(Ok(filled)) = &*outcome
+            && filled.kept.version > version
+        {
+            return Ok(filled.clone());
+        }
         let mut outcome = self.start_fill::<K>(key, call, subject, version);
         match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
             Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
@@ -390,7 +456,9 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         subject: &K::Subject,
         version: u64,
     ) -> watch::Receiver<Option<Result<Filled, Error>>> {
-        self.0.flights.start(key.name, || {
+        let ahead = call.priority == Priority::Prefetch;
+        let flights = if ahead { &self.0.prefetches } else { &self.0.flights };
+        flights.start(key.name, || {
             let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
             let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
             async move {
@@ -404,7 +472,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 match &outcome {
                     Ok(_) => this.0.failures.invalidate(&key.name),
-                    Err(error) => this.remember_failure(&key, error),
+                    Err(error) if !ahead => this.remember_failure(&key, error),
+                    Err(_) => {}
                 }
                 outcome
             }
@@ -503,7 +572,9 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Err(error) => {
                 self.count::<K>(Tier::Upstream, Outcome::Error);
                 if let (Some(shared), Some(owner)) = (shared, owner) {
-                    let (key, error) = (key.clone(), error.clone());
+                    // That nobody's fetch was refused is no answer to those who wait elsewhere.
+                    let ahead = call.priority == Priority::Prefetch;
+                    let (key, error) = (key.clone(), if ahead { Error::Lost } else { error.clone() });
                     self.0.tasks.spawn(async move { shared.release(&key, owner, &error).await });
                 }
                 if error == Error::Unauthorized {
@@ -635,7 +706,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// Counts a look-up that memory answered, unless the answer has only just been brought there for
     /// it: then it is counted where it came from.
     fn count_memory<K: Kind>(&self, call: &Call, kept: &Kept, freshness: Freshness) {
-        if kept.unread.swap(false, Ordering::Relaxed) {
+        if kept.reads.unread.swap(false, Ordering::Relaxed) {
             tick(&call.tally.redis);
             return;
         }
@@ -646,6 +717,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {
         self.0.metrics.cache_lookups.inc((K::RESOURCE, tier, outcome));
     }
+}
+
+/// What a fill comes to.
+async fn landed(mut flight: watch::Receiver<Option<Result<Filled, Error>>>) -> Result<Filled, Error> {
+    let outcome = flight.wait_for(Option::is_some).await.map_err(|_| Error::Lost)?;
+    outcome.clone().unwrap_or(Err(Error::Lost))
 }
 
 fn outcome(freshness: Freshness, negative: bool) -> Outcome {
@@ -670,9 +747,32 @@ impl Failure {
     }
 }
 
+/// How long before an answer's end it is renewed if nobody waits for it: late, because early renewal is what
+/// costs calls, but not too late to be told and tried.
+#[must_use]
+pub fn lead(life: Duration) -> Duration {
+    (life / 100).clamp(Duration::from_secs(2), Duration::from_secs(30))
+}
+
+/// What came of renewing an answer nobody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Renewed {
+    /// CyberScan was asked; otherwise somebody else had renewed it.
+    pub asked: bool,
+    /// How long the answer stays fresh; `None` if it is "not known".
+    pub expires_in: Option<Duration>,
+    /// How long it is fresh in all.
+    pub life: Duration,
+}
+
 impl Kept {
     fn age(&self) -> Duration {
         self.born.elapsed()
+    }
+
+    /// Whether somebody will renew it in time; not any more once that time has passed.
+    fn cared_for(&self) -> bool {
+        self.reads.cared_for() && self.age() + lead(self.lifetime.fresh) / 2 < self.lifetime.fresh
     }
 
     fn answer<T: Send + Sync + 'static>(&self) -> Result<Answer<T>, Error> {
@@ -715,6 +815,56 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
         }
         told
+    }
+
+    /// Renews the answer about `subject` unless it has been renewed lately; nobody waits for it.
+    ///
+    /// # Errors
+    /// Why it could not be renewed. That is no answer to anybody.
+    pub async fn renew_ahead(
+        &self,
+        call: &Call,
+        resource: Resource,
+        subject: &Subject,
+    ) -> Result<Renewed, Error> {
+        match (resource, subject) {
+            (Resource::Domain, Subject::Domain(domain)) => self.ahead::<DomainRecord>(call, domain).await,
+            (Resource::Host, Subject::Ip(ip)) => self.ahead::<HostRecord>(call, ip).await,
+            (Resource::Vulnerabilities, Subject::Ip(ip)) => self.ahead::<Vulnerabilities>(call, ip).await,
+            _ => Err(Error::Lost),
+        }
+    }
+
+    async fn ahead<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Renewed, Error> {
+        let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
+        let renewed = |kept: &Kept, asked| Renewed {
+            asked,
+            expires_in: (!kept.lifetime.negative).then(|| kept.lifetime.fresh.saturating_sub(kept.age())),
+            life: kept.lifetime.fresh,
+        };
+        // Younger than half its life is renewed already.
+        let fresh = K::policy(&self.0.config).fresh;
+        if let Some((kept, _)) = self.in_memory::<K>(&key)
+            && kept.age() < kept.lifetime.fresh / 2
+        {
+            return Ok(renewed(&kept, false));
+        }
+        let half = u64::try_from((fresh / 2).as_micros()).unwrap_or(u64::MAX);
+        let version = self.version_now().saturating_sub(half);
+        let filled = match self.0.flights.running(&key.name) {
+            Some(running) => landed(running).await?,
+            None => landed(self.start_fill::<K>(&key, call, subject, version)).await?,
+        };
+        Ok(renewed(&filled.kept, !filled.adopted))
+    }
+
+    /// Brings what Redis has of these answers into memory, a hundred in a round trip.
+    pub async fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) {
+        for some in answers.chunks(100) {
+            let keys =
+                some.iter().map(|(resource, subject)| Key::of(tenant, *resource, &subject.to_string()));
+            self.bring(keys.collect(), false).await;
+        }
     }
 
     /// Brings the gauges of memory up to date.
@@ -782,7 +932,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     /// Brings what Redis has of `keys` into memory, in one round trip.
-    async fn read_ahead(&self, mut keys: Vec<Key>) {
+    async fn read_ahead(&self, keys: Vec<Key>) {
+        self.bring(keys, true).await;
+    }
+
+    async fn bring(&self, mut keys: Vec<Key>, for_a_look_up: bool) {
         let Some(shared) = &self.0.shared else { return };
         keys.retain(|key| !self.0.memory.contains_key(&key.name));
         keys.sort_unstable_by_key(|key| key.name);
@@ -798,8 +952,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 Resource::Host => self.adopt::<HostRecord>(key, &value),
                 Resource::Vulnerabilities => self.adopt::<Vulnerabilities>(key, &value),
             };
-            if let Some(kept) = kept {
-                kept.unread.store(true, Ordering::Relaxed);
+            if let Some(kept) = kept
+                && for_a_look_up
+            {
+                kept.reads.unread.store(true, Ordering::Relaxed);
                 self.0.metrics.cache_lookups.inc((key.resource, Tier::Memory, Outcome::Miss));
             }
         }

@@ -44,12 +44,12 @@ pub struct Lifetime {
 }
 
 impl Policy {
-    /// The lifetime of an answer fetched now. `chance`, 0 to 1, spreads those fetched together
-    /// over a tenth of their time in both directions, so that they do not all go stale together.
+    /// The lifetime of an answer fetched now. `chance`, 0 to 1, spreads those fetched together over the last
+    /// tenth of their time, so that they do not all go stale together; none is fresh for longer than was set.
     #[must_use]
     pub fn lifetime(&self, negative: bool, chance: f64) -> Lifetime {
         let whole = if negative { self.negative } else { self.fresh };
-        Lifetime { negative, fresh: whole.mul_f64(0.9 + 0.2 * chance.clamp(0.0, 1.0)) }
+        Lifetime { negative, fresh: whole.mul_f64(0.9 + 0.1 * chance.clamp(0.0, 1.0)) }
     }
 
     /// What may be done with an answer of that age.

@@ -438,7 +438,12 @@ impl Limiter {
         if !lock(&tenant.queue).waiting.is_empty() {
             return Err(throttled(FIRST_PAUSE));
         }
-        let slot = Arc::clone(&tenant.slots).try_acquire_owned().map_err(|_| throttled(FIRST_PAUSE))?;
+        // Of the slots, too, a reserve is left to who waits.
+        let reserve = (self.0.config.concurrency as f64 * self.0.config.reserve) as usize;
+        let slot = (tenant.slots.available_permits() > reserve)
+            .then(|| Arc::clone(&tenant.slots).try_acquire_owned().ok())
+            .flatten()
+            .ok_or_else(|| throttled(FIRST_PAUSE))?;
         if self.metered() {
             let grant = self.take(tenant, 1, self.0.config.reserve).await;
             if grant.calls == 0 {

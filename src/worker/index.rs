@@ -1,0 +1,468 @@
+//! The index of recent answers and the schedule of what is due: in Redis, shared by all replicas and kept over
+//! restarts, or in memory where there is no Redis. It owns both forms and what stands in them; it must not
+//! know what is worth renewing.
+//!
+//! Nothing in Redis is readable: entries are named like answers in the cache, and what they are about is sealed
+//! with a key derived from the tenant's, which only replicas have that the tenant has called.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use aws_lc_rs::aead::{AES_128_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use deadpool_redis::redis::Script;
+use tokio::time::Instant;
+
+use crate::{
+    cache::{lead, reads::Note, tier::Name},
+    ctim::Subject,
+    metrics::{Label, Operation, Resource},
+    redis_pool::{Redis, Unavailable},
+    tenant::{Tenant, TenantId},
+};
+
+/// For how long a tenant's index is kept when nothing is added to it.
+const KEPT: Duration = Duration::from_secs(26 * 3600);
+/// Reads count less the older they are, with this many lives as time constant: the script's figure, too.
+const MEMORY: f64 = 3.0;
+
+/// What is known of an answer.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    name: Name,
+    resource: Resource,
+    subject: Subject,
+    /// Reads that are new.
+    pub(super) reads: u32,
+    due: Scheduling,
+    life: Duration,
+    /// Whether it has been fetched ahead and not been read; `None`: as it was.
+    unread: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Scheduling {
+    In(Duration),
+    /// It is as it was.
+    AsItIs,
+    /// Off the schedule.
+    Never,
+}
+
+/// What an entry amounts to after a change.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Standing {
+    /// Reads to be expected per life.
+    pub(super) expected: f64,
+    /// It was fetched ahead, and is read for the first time now.
+    pub(super) useful: bool,
+    /// It is on the schedule.
+    pub(super) scheduled: bool,
+}
+
+/// What was claimed, and what comes next.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Claimed {
+    pub(super) due: Vec<Due>,
+    /// How long until more is due.
+    pub(super) next: Option<Duration>,
+    /// Entries on the schedule.
+    pub(super) scheduled: i64,
+}
+
+/// An answer that is due and ours to renew.
+#[derive(Clone, Debug)]
+pub(super) struct Due {
+    name: Name,
+    pub(super) resource: Resource,
+    pub(super) subject: Subject,
+    /// Reads to be expected per life.
+    pub(super) expected: f64,
+    /// It was fetched ahead and never read.
+    pub(super) unread: bool,
+    pub(super) overdue: Duration,
+    life: Duration,
+}
+
+impl Entry {
+    /// An answer that was read.
+    pub(super) fn read(note: &Note) -> Self {
+        let lead = lead(note.life);
+        let due = match note.expires_in.checked_sub(lead) {
+            Some(due) if !due.is_zero() => Scheduling::In(due),
+            _ => Scheduling::AsItIs,
+        };
+        Self {
+            name: note.key.name,
+            resource: note.key.resource,
+            subject: note.subject.clone(),
+            reads: note.reads.take(),
+            due,
+            life: note.life,
+            unread: None,
+        }
+    }
+
+    /// An answer that was fetched although nobody has asked for it.
+    pub(super) fn ahead(
+        name: Name,
+        resource: Resource,
+        subject: Subject,
+        expires_in: Duration,
+        life: Duration,
+    ) -> Self {
+        let due = Scheduling::In(expires_in.saturating_sub(lead(life)));
+        Self { name, resource, subject, reads: 0, due, life, unread: Some(true) }
+    }
+}
+
+impl Due {
+    /// It was renewed, by us or by somebody else.
+    pub(super) fn renewed(self, asked: bool, expires_in: Duration, life: Duration) -> Entry {
+        Entry {
+            unread: asked.then_some(true),
+            ..Entry::ahead(self.name, self.resource, self.subject, expires_in, life)
+        }
+    }
+
+    /// It is left to whoever asks for it.
+    pub(super) fn dropped(self) -> Entry {
+        Entry {
+            due: Scheduling::Never,
+            unread: Some(false),
+            ..Entry::ahead(self.name, self.resource, self.subject, self.life, self.life)
+        }
+    }
+}
+
+/// The index.
+pub(super) struct Index {
+    shared: Option<Shared>,
+    own: Mutex<HashMap<TenantId, Own>>,
+    most: usize,
+}
+
+impl Index {
+    /// An index in `redis`, if there is one, of at most `most` entries per tenant.
+    pub(super) fn new(redis: Option<Redis>, most: usize) -> Self {
+        let shared = redis.map(|redis| Shared { redis, script: Script::new(include_str!("index.lua")) });
+        Self { shared, own: Mutex::default(), most }
+    }
+
+    /// Takes entries in; how each of them stands now.
+    pub(super) async fn put(&self, tenant: &Tenant, entries: &[Entry]) -> Result<Vec<Standing>, Unavailable> {
+        if entries.is_empty() {
+            return Ok(Vec::new());
+        }
+        match &self.shared {
+            Some(shared) => shared.put(tenant, entries, self.most).await,
+            None => Ok(self.own(tenant, |own| own.put(entries, self.most))),
+        }
+    }
+
+    /// At most `most` entries that are due. They are due again after `lease`, unless they are put in again.
+    pub(super) async fn claim(
+        &self,
+        tenant: &Tenant,
+        most: usize,
+        lease: Duration,
+    ) -> Result<Claimed, Unavailable> {
+        match &self.shared {
+            Some(shared) => shared.claim(tenant, most, lease).await,
+            None => Ok(self.own(tenant, |own| own.claim(most, lease))),
+        }
+    }
+
+    /// What has been asked for most, to be had from Redis. Without Redis there is nothing to be had.
+    pub(super) async fn hottest(
+        &self,
+        tenant: &Tenant,
+        most: usize,
+    ) -> Result<Vec<(Resource, Subject)>, Unavailable> {
+        match &self.shared {
+            Some(shared) => shared.hottest(tenant, most).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Forgets a tenant's entries in memory.
+    pub(super) fn forget(&self, tenant: TenantId) {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&tenant);
+    }
+
+    fn own<R>(&self, tenant: &Tenant, work: impl FnOnce(&mut Own) -> R) -> R {
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        work(own.entry(tenant.id()).or_default())
+    }
+}
+
+// ---- in memory ----
+
+/// One tenant's entries in memory.
+#[derive(Default)]
+struct Own {
+    entries: HashMap<Name, Known>,
+    schedule: BTreeSet<(Instant, Name)>,
+    /// Where the search for something to forget goes on.
+    hand: usize,
+}
+
+struct Known {
+    resource: Resource,
+    subject: Subject,
+    reads: f64,
+    at: Instant,
+    since: Instant,
+    all: u32,
+    unread: bool,
+    life: Duration,
+    due: Option<Instant>,
+}
+
+impl Known {
+    fn faded(&self, now: Instant) -> f64 {
+        let memory = MEMORY * self.life.as_secs_f64();
+        self.reads * (-(now - self.at).as_secs_f64() / memory).exp()
+    }
+
+    fn expected(&self, now: Instant) -> f64 {
+        let life = self.life.as_secs_f64();
+        let watched = (now - self.since).as_secs_f64().max(life);
+        self.faded(now) / MEMORY / (1.0 - (-watched / (MEMORY * life)).exp())
+    }
+}
+
+impl Own {
+    fn put(&mut self, entries: &[Entry], most: usize) -> Vec<Standing> {
+        let now = Instant::now();
+        let standings = entries.iter().map(|entry| self.put_one(entry, now)).collect();
+        while self.entries.len() > most {
+            self.forget_one(now);
+        }
+        standings
+    }
+
+    fn put_one(&mut self, entry: &Entry, now: Instant) -> Standing {
+        let known = self.entries.entry(entry.name).or_insert_with(|| Known {
+            resource: entry.resource,
+            subject: entry.subject.clone(),
+            reads: 0.0,
+            at: now,
+            since: now,
+            all: 0,
+            unread: false,
+            life: entry.life,
+            due: None,
+        });
+        known.reads = known.faded(now) + f64::from(entry.reads);
+        (known.at, known.life) = (now, entry.life);
+        known.all = known.all.saturating_add(entry.reads);
+        let useful = known.unread && entry.reads > 0;
+        known.unread = entry.unread.unwrap_or(known.unread && entry.reads == 0);
+        let (before, mut scheduled) = (known.due, false);
+        match entry.due {
+            Scheduling::Never => known.due = None,
+            Scheduling::In(due) if known.all >= 2 || known.unread => {
+                // A claim or a later renewal is not undone by a read of an older copy.
+                known.due = Some(known.due.map_or(now + due, |present| present.max(now + due)));
+                scheduled = true;
+            }
+            Scheduling::In(_) | Scheduling::AsItIs => {}
+        }
+        let standing = Standing { expected: known.expected(now), useful, scheduled };
+        let after = known.due;
+        if before != after {
+            before.map(|before| self.schedule.remove(&(before, entry.name)));
+            after.map(|after| self.schedule.insert((after, entry.name)));
+        }
+        standing
+    }
+
+    fn claim(&mut self, most: usize, lease: Duration) -> Claimed {
+        let now = Instant::now();
+        let mut claimed = Claimed::default();
+        while claimed.due.len() < most
+            && let Some((due, name)) = self.schedule.first().copied()
+            && due <= now
+        {
+            self.schedule.remove(&(due, name));
+            if let Some(known) = self.entries.get_mut(&name) {
+                known.due = Some(now + lease);
+                self.schedule.insert((now + lease, name));
+                claimed.due.push(Due {
+                    name,
+                    resource: known.resource,
+                    subject: known.subject.clone(),
+                    expected: known.expected(now),
+                    unread: known.unread,
+                    overdue: now - due,
+                    life: known.life,
+                });
+            }
+        }
+        claimed.next = self.schedule.first().map(|(due, _)| due.saturating_duration_since(now));
+        claimed.scheduled = i64::try_from(self.schedule.len()).unwrap_or(i64::MAX);
+        claimed
+    }
+
+    /// Of eight, the one with the fewest reads goes.
+    fn forget_one(&mut self, now: Instant) {
+        self.hand = (self.hand + 8) % self.entries.len().max(1);
+        let some = self.entries.iter().skip(self.hand).chain(&self.entries).take(8);
+        let least = some.min_by(|(_, a), (_, b)| a.faded(now).total_cmp(&b.faded(now)));
+        let Some(victim) = least.map(|(name, _)| *name) else { return };
+        if let Some(due) = self.entries.remove(&victim).and_then(|known| known.due) {
+            self.schedule.remove(&(due, victim));
+        }
+    }
+}
+
+// ---- in Redis ----
+
+struct Shared {
+    redis: Redis,
+    script: Script,
+}
+
+impl Shared {
+    async fn put(
+        &self,
+        tenant: &Tenant,
+        entries: &[Entry],
+        most: usize,
+    ) -> Result<Vec<Standing>, Unavailable> {
+        let seal = Seal::of(tenant);
+        let mut standings = Vec::with_capacity(entries.len());
+        // Redis does nothing else while a script runs.
+        for some in entries.chunks(200) {
+            let mut invocation = self.script.prepare_invoke();
+            for key in keys(tenant) {
+                invocation.key(key);
+            }
+            invocation.arg("put").arg(most).arg(millis(KEPT));
+            for entry in some {
+                let due = match entry.due {
+                    Scheduling::In(due) => millis(due).to_string(),
+                    Scheduling::AsItIs => "0".to_owned(),
+                    Scheduling::Never => "-1".to_owned(),
+                };
+                let unread = entry.unread.map_or("-", |unread| if unread { "1" } else { "0" });
+                let sealed = seal.close(entry.name, &entry.subject).ok_or(Unavailable)?;
+                invocation.arg(hex(entry.name)).arg(entry.reads).arg(due).arg(millis(entry.life));
+                invocation.arg(entry.resource.as_str()).arg(sealed).arg(unread);
+            }
+            let invocation = &invocation;
+            let answer: Vec<u64> = self
+                .redis
+                .run(Operation::Schedule, |mut link| async move { invocation.invoke_async(&mut link).await })
+                .await?;
+            standings.extend(answer.chunks(3).map(|standing| Standing {
+                expected: standing.first().copied().unwrap_or(0) as f64 / 1000.0,
+                useful: standing.get(1) == Some(&1),
+                scheduled: standing.get(2) == Some(&1),
+            }));
+        }
+        Ok(standings)
+    }
+
+    async fn claim(&self, tenant: &Tenant, most: usize, lease: Duration) -> Result<Claimed, Unavailable> {
+        let mut invocation = self.script.prepare_invoke();
+        for key in keys(tenant) {
+            invocation.key(key);
+        }
+        invocation.arg("claim").arg(most).arg(millis(lease));
+        let answer = self.ask(&invocation).await?;
+        let number = |at: usize| answer.get(at).and_then(|text| text.parse::<i64>().ok());
+        let seal = Seal::of(tenant);
+        let due = answer.get(2..).unwrap_or_default().chunks(7).filter_map(|fields| {
+            let [name, resource, subject, expected, unread, overdue, life] = fields else { return None };
+            let name = unhex(name)?;
+            Some(Due {
+                name,
+                resource: resource_of(resource)?,
+                subject: seal.open(name, subject)?,
+                expected: expected.parse::<f64>().ok()? / 1000.0,
+                unread: unread == "1",
+                overdue: Duration::from_millis(overdue.parse().ok()?),
+                life: Duration::from_millis(life.parse().ok()?),
+            })
+        });
+        Ok(Claimed {
+            next: number(0).and_then(|next| u64::try_from(next).ok()).map(Duration::from_millis),
+            scheduled: number(1).unwrap_or(0),
+            due: due.collect(),
+        })
+    }
+
+    async fn hottest(&self, tenant: &Tenant, most: usize) -> Result<Vec<(Resource, Subject)>, Unavailable> {
+        let mut invocation = self.script.prepare_invoke();
+        for key in keys(tenant) {
+            invocation.key(key);
+        }
+        invocation.arg("hottest").arg(most);
+        let answer = self.ask(&invocation).await?;
+        let seal = Seal::of(tenant);
+        let entries = answer.chunks(3).filter_map(|fields| {
+            let [name, resource, subject] = fields else { return None };
+            Some((resource_of(resource)?, seal.open(unhex(name)?, subject)?))
+        });
+        Ok(entries.collect())
+    }
+
+    async fn ask(
+        &self,
+        invocation: &deadpool_redis::redis::ScriptInvocation<'_>,
+    ) -> Result<Vec<String>, Unavailable> {
+        self.redis
+            .run(Operation::Schedule, |mut link| async move { invocation.invoke_async(&mut link).await })
+            .await
+    }
+}
+
+/// The hash of entries and the schedule, on one node of a cluster.
+fn keys(tenant: &Tenant) -> [String; 2] {
+    let label = tenant.label();
+    [format!("relay:1:{{idx:{label}}}:e"), format!("relay:1:{{idx:{label}}}:d")]
+}
+
+/// Seals what entries are about with a key derived from the tenant's.
+struct Seal(Option<RandomizedNonceKey>);
+
+impl Seal {
+    fn of(tenant: &Tenant) -> Self {
+        Self(RandomizedNonceKey::new(&AES_128_GCM, &tenant.derive("index", &[b"seal"])).ok())
+    }
+
+    fn close(&self, name: Name, subject: &Subject) -> Option<String> {
+        let mut text = subject.to_string().into_bytes();
+        let nonce = self.0.as_ref()?.seal_in_place_append_tag(Aad::from(name), &mut text).ok()?;
+        Some(URL_SAFE_NO_PAD.encode([nonce.as_ref().as_slice(), &text].concat()))
+    }
+
+    fn open(&self, name: Name, sealed: &str) -> Option<Subject> {
+        let mut bytes = URL_SAFE_NO_PAD.decode(sealed).ok()?;
+        let (nonce, text) = bytes.split_at_mut_checked(NONCE_LEN)?;
+        let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
+        let text = self.0.as_ref()?.open_in_place(nonce, Aad::from(name), text).ok()?;
+        Subject::parse(std::str::from_utf8(text).ok()?)
+    }
+}
+
+fn resource_of(text: &str) -> Option<Resource> {
+    Resource::ALL.iter().copied().find(|resource| resource.as_str() == text)
+}
+
+fn hex(name: Name) -> String {
+    format!("{:032x}", u128::from_be_bytes(name))
+}
+
+fn unhex(text: &str) -> Option<Name> {
+    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
+}

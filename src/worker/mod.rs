@@ -1,0 +1,380 @@
+//! The worker: what is asked for again and again is fetched again shortly before its end, so that nobody waits
+//! for it. It owns what is worth that and how much of it there may be; it must not know where answers are
+//! kept or how CyberScan is asked.
+//!
+//! - Every quarter of a second it collects what was read ([`Notes`]) into the index of recent answers, which
+//!   replicas share where there is Redis ([`index`]).
+//! - Shortly before an answer's end, one replica claims it from the index, and renews it if that is worth a
+//!   call ([`budget`]). A claim is a lease: what a dead replica had claimed is due again when it ends.
+//! - Where analysts follow domains to their addresses, what is known about the address is fetched as soon as
+//!   the domain is asked for ([`relations`]).
+//! - Keys of tenants are in memory only, forgotten when they are idle and at once when CyberScan refuses them.
+//!
+//! The limiter lets prefetching use only what leaves its reserve to those who wait; the breaker's rest and
+//! CyberScan's pauses are kept.
+
+mod budget;
+mod index;
+mod relations;
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, error};
+
+use self::{
+    budget::Budget,
+    index::{Due, Entry, Index},
+    relations::Relations,
+};
+use crate::{
+    cache::{
+        Cached, Renewed,
+        reads::{Note, Notes},
+        tier::{Key, SharedTier},
+    },
+    ctim::Subject,
+    cyberscan::{Call, CyberScan, Error, Priority},
+    metrics::{Metrics, Prefetch, Resource},
+    redis_pool::Redis,
+    tenant::{Tenant, TenantId},
+};
+
+/// Settings `worker.*`.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// `worker.enabled`: whether there is a worker at all.
+    pub enabled: bool,
+    /// `worker.budget`: calls it may cost beyond those that are made anyway, as a share of them.
+    pub budget: f64,
+    /// `worker.concurrency`: answers renewed at once.
+    pub concurrency: usize,
+    /// `worker.entries`: answers of a tenant that are watched.
+    pub entries: usize,
+    /// `worker.idle`: after so long without a request a tenant and its key are forgotten.
+    pub idle: Duration,
+    /// `cache.refresh_ahead`: in this last share of its life a read would renew an answer.
+    pub refresh_ahead: f64,
+}
+
+/// How often reads are collected.
+const TICK: Duration = Duration::from_millis(250);
+/// The longest time between two looks at what is due.
+const LOOK: Duration = Duration::from_secs(5);
+/// For how long a replica that claimed something keeps it from the others; longer than any renewal.
+const LEASE: Duration = Duration::from_secs(30);
+/// How long one renewal may take.
+const RENEWAL: Duration = Duration::from_secs(20);
+/// The pause after a failure that does not say how long.
+const PAUSE: Duration = Duration::from_secs(10);
+/// Relations that may wait for a turn, and how long.
+const FOLLOWING: usize = 256;
+const SOON: Duration = Duration::from_secs(5);
+/// Answers brought from Redis into memory when a tenant is first seen.
+const WARM: usize = 500;
+
+/// What can be renewed: the cache stage.
+pub trait Renew: Clone + Send + Sync + 'static {
+    /// Renews one answer, unless it was renewed lately.
+    fn renew(
+        &self,
+        call: &Call,
+        resource: Resource,
+        subject: &Subject,
+    ) -> impl Future<Output = Result<Renewed, Error>> + Send;
+
+    /// Brings answers from Redis into memory.
+    fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) -> impl Future<Output = ()> + Send;
+}
+
+impl<P: CyberScan, T: SharedTier> Renew for Cached<P, T> {
+    async fn renew(&self, call: &Call, resource: Resource, subject: &Subject) -> Result<Renewed, Error> {
+        self.renew_ahead(call, resource, subject).await
+    }
+
+    async fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) {
+        Cached::warm(self, tenant, answers).await;
+    }
+}
+
+/// The worker; a cheap clone.
+pub struct Worker<C>(Arc<Inner<C>>);
+
+impl<C> Clone for Worker<C> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+struct Inner<C> {
+    cache: C,
+    notes: Notes,
+    config: Config,
+    index: Index,
+    metrics: Metrics,
+    tasks: TaskTracker,
+    turns: Arc<Semaphore>,
+    /// Relations that are being fetched or wait for a turn.
+    following: Arc<Semaphore>,
+    books: Mutex<HashMap<TenantId, Book>>,
+}
+
+/// What is known of a tenant. Its key is in here, and nowhere else in the worker.
+struct Book {
+    tenant: Arc<Tenant>,
+    seen: Instant,
+    budget: Budget,
+    relations: Relations,
+    /// When there may be something due.
+    look: Instant,
+    /// Answers on the tenant's schedule, as of the last look.
+    scheduled: i64,
+}
+
+impl Book {
+    fn new(tenant: Arc<Tenant>, config: &Config) -> Self {
+        let (budget, now) = (Budget::new(config.budget, config.refresh_ahead), Instant::now());
+        Self { tenant, seen: now, budget, relations: Relations::default(), look: now, scheduled: 0 }
+    }
+}
+
+impl<C: Renew> Worker<C> {
+    /// A worker that renews what `notes` say is asked for in `cache`; its index is in `redis`, if there is one.
+    #[must_use]
+    pub fn new(
+        cache: C,
+        notes: Notes,
+        config: Config,
+        redis: Option<Redis>,
+        metrics: Metrics,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            cache,
+            notes,
+            index: Index::new(redis, config.entries),
+            turns: Arc::new(Semaphore::new(config.concurrency)),
+            following: Arc::new(Semaphore::new(FOLLOWING)),
+            config,
+            metrics,
+            tasks,
+            books: Mutex::default(),
+        }))
+    }
+
+    /// Works until `shutdown`. A panic costs the round it happens in.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let working = async {
+            loop {
+                let round = std::panic::AssertUnwindSafe(self.round());
+                if round.catch_unwind().await.is_err() {
+                    self.0.metrics.panics.inc(());
+                    error!("a round of the worker panicked");
+                }
+                sleep(TICK).await;
+            }
+        };
+        let _: Option<()> = shutdown.run_until_cancelled(working).await;
+    }
+
+    /// Collects what was read, then renews what is due.
+    async fn round(&self) {
+        let mut by_tenant: HashMap<TenantId, Vec<Note>> = HashMap::new();
+        for note in self.0.notes.collect() {
+            by_tenant.entry(note.tenant.id()).or_default().push(note);
+        }
+        for (id, notes) in by_tenant {
+            self.learn(id, &notes).await;
+        }
+        let now = Instant::now();
+        let due: Vec<Arc<Tenant>> = {
+            let mut books = self.books();
+            books.retain(|id, book| {
+                let kept = now - book.seen < self.0.config.idle;
+                if !kept {
+                    self.0.index.forget(*id);
+                }
+                kept
+            });
+            self.0.metrics.prefetch_scheduled.set((), books.values().map(|book| book.scheduled).sum());
+            books.values().filter(|book| book.look <= now).map(|book| Arc::clone(&book.tenant)).collect()
+        };
+        for tenant in due {
+            self.look(&tenant).await;
+        }
+    }
+
+    /// Enters what a tenant has read into the index and its book.
+    async fn learn(&self, id: TenantId, notes: &[Note]) {
+        let Some(tenant) = notes.first().map(|note| Arc::clone(&note.tenant)) else { return };
+        let (mut new, mut follow) = (false, Vec::new());
+        let threshold = {
+            let mut books = self.books();
+            let book = books.entry(id).or_insert_with(|| {
+                new = true;
+                Book::new(Arc::clone(&tenant), &self.0.config)
+            });
+            (book.tenant, book.seen) = (Arc::clone(&tenant), Instant::now());
+            for note in notes {
+                if note.filled {
+                    book.budget.filled();
+                }
+                book.relations.read(note, &mut follow);
+            }
+            book.budget.threshold()
+        };
+        if new {
+            self.warm(&tenant);
+        }
+        for ip in follow {
+            self.fetch_relations(&tenant, ip);
+        }
+        let entries: Vec<Entry> = notes.iter().map(Entry::read).collect();
+        let standings = self.0.index.put(&tenant, &entries).await.unwrap_or_default();
+        for (note, standing) in notes.iter().zip(&standings) {
+            note.reads.care(standing.scheduled && standing.expected >= threshold);
+            if standing.useful {
+                self.0.metrics.prefetch.inc((Prefetch::Useful,));
+            }
+        }
+    }
+
+    /// Brings the tenant's hottest answers from Redis into memory, in the background.
+    fn warm(&self, tenant: &Arc<Tenant>) {
+        let (this, tenant) = (self.clone(), Arc::clone(tenant));
+        self.0.tasks.spawn(async move {
+            if let Ok(hottest) = this.0.index.hottest(&tenant, WARM).await {
+                this.0.cache.warm(tenant.id(), &hottest).await;
+            }
+        });
+    }
+
+    /// Fetches what is known of an address that a domain leads to, in the background.
+    fn fetch_relations(&self, tenant: &Arc<Tenant>, ip: IpAddr) {
+        for resource in [Resource::Vulnerabilities, Resource::Host] {
+            let (this, tenant) = (self.clone(), Arc::clone(tenant));
+            let Ok(place) = Arc::clone(&self.0.following).try_acquire_owned() else { return };
+            self.0.tasks.spawn(async move {
+                let _place = place;
+                let turn = timeout(SOON, Arc::clone(&this.0.turns).acquire_owned()).await;
+                let Ok(Ok(turn)) = turn else { return };
+                let subject = Subject::Ip(ip);
+                let outcome = this.renew(turn, &tenant, resource, &subject).await;
+                if let Ok(Renewed { asked: true, expires_in: Some(expires_in), life }) = outcome {
+                    let key = Key::new(&tenant, resource, &ip.to_string());
+                    let entry = Entry::ahead(key.name, resource, subject, expires_in, life);
+                    let _ = this.0.index.put(&tenant, &[entry]).await;
+                }
+            });
+        }
+    }
+
+    /// Claims what of a tenant is due and renews what is worth it.
+    async fn look(&self, tenant: &Arc<Tenant>) {
+        let free = self.0.turns.available_permits();
+        if free == 0 {
+            return;
+        }
+        let Ok(claimed) = self.0.index.claim(tenant, free, LEASE).await else {
+            self.with(tenant, |book| book.look = Instant::now() + LOOK);
+            return;
+        };
+        let next = claimed.next.map_or(LOOK, |next| next.min(LOOK));
+        self.with(tenant, |book| {
+            book.look = Instant::now() + next;
+            book.scheduled = claimed.scheduled;
+        });
+        let mut dropped = Vec::new();
+        for due in claimed.due {
+            self.0.metrics.prefetch.inc((Prefetch::Claimed,));
+            self.0.metrics.prefetch_lag.observe((), due.overdue.as_secs_f64());
+            if due.unread {
+                self.0.metrics.prefetch.inc((Prefetch::Wasted,));
+            }
+            let worth_it =
+                !due.unread && self.with(tenant, |book| book.budget.take(due.expected)).unwrap_or(false);
+            let turn = worth_it.then(|| Arc::clone(&self.0.turns).try_acquire_owned().ok()).flatten();
+            match turn {
+                Some(turn) => self.renew_due(turn, tenant, due),
+                None => {
+                    if !due.unread {
+                        self.0.metrics.prefetch.inc((Prefetch::OverBudget,));
+                    }
+                    dropped.push(due.dropped());
+                }
+            }
+        }
+        let _ = self.0.index.put(tenant, &dropped).await;
+    }
+
+    fn renew_due(&self, turn: OwnedSemaphorePermit, tenant: &Arc<Tenant>, due: Due) {
+        let (this, tenant) = (self.clone(), Arc::clone(tenant));
+        self.0.tasks.spawn(async move {
+            let entry = match this.renew(turn, &tenant, due.resource, &due.subject).await {
+                Ok(Renewed { asked, expires_in: Some(expires_in), life }) => {
+                    due.renewed(asked, expires_in, life)
+                }
+                // Whoever asks next finds out what is the matter.
+                Ok(Renewed { expires_in: None, .. }) | Err(_) => due.dropped(),
+            };
+            let _ = this.0.index.put(&tenant, &[entry]).await;
+        });
+    }
+
+    /// Renews one answer and draws the consequences for its tenant.
+    async fn renew(
+        &self,
+        _turn: OwnedSemaphorePermit,
+        tenant: &Arc<Tenant>,
+        resource: Resource,
+        subject: &Subject,
+    ) -> Result<Renewed, Error> {
+        let call = Call::new(Arc::clone(tenant), Instant::now() + RENEWAL, Priority::Prefetch);
+        let outcome = timeout(RENEWAL, self.0.cache.renew(&call, resource, subject)).await;
+        let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: RENEWAL }));
+        let pause = |pause: Duration| {
+            self.with(tenant, |book| book.look = book.look.max(Instant::now() + pause));
+        };
+        self.0.metrics.prefetch.inc((match &outcome {
+            Ok(Renewed { asked: true, .. }) => Prefetch::Refreshed,
+            Ok(_) => Prefetch::Unneeded,
+            Err(Error::Unauthorized) => {
+                self.books().remove(&tenant.id());
+                Prefetch::NoCredentials
+            }
+            Err(Error::Throttled { retry_after }) => {
+                pause(*retry_after);
+                Prefetch::Limited
+            }
+            Err(Error::Resting { retry_after }) => {
+                pause((*retry_after).max(PAUSE));
+                Prefetch::Resting
+            }
+            Err(error) => {
+                debug!(%error, "an answer could not be renewed ahead");
+                pause(PAUSE);
+                Prefetch::Failed
+            }
+        },));
+        outcome
+    }
+
+    fn with<R>(&self, tenant: &Tenant, change: impl FnOnce(&mut Book) -> R) -> Option<R> {
+        self.books().get_mut(&tenant.id()).map(change)
+    }
+
+    fn books(&self) -> std::sync::MutexGuard<'_, HashMap<TenantId, Book>> {
+        self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
