@@ -18,6 +18,15 @@ random() {
 # make NAME CONTENT: as a whole or not at all.
 make() {
     if [ -e "$directory/$1" ]; then
+        case $1 in
+        redis.acl | redis-url)
+            # Made from the others, so it can be told whether it is still what it would be.
+            if [ "$(cat "$directory/$1")" != "$2" ]; then
+                echo "kept    $directory/$1, which is not what this version makes of the others: delete it for a new one" >&2
+                return
+            fi
+            ;;
+        esac
         echo "kept    $directory/$1"
     else
         printf '%s\n' "$2" >"$directory/.$1.new"
@@ -38,11 +47,11 @@ make redis-url "redis://relay:$(cat "$directory/redis-password")@redis:6379/0"
 
 # Redis reads hashes, so the file that its container sees contains no password.
 #
-# relay: what src/cache and src/limiter send, on keys of the relay only. No KEYS, SCAN, FLUSHALL, CONFIG or DEBUG: who
+# relay: what src/cache, src/limiter and src/worker send, on keys of the relay only. No KEYS, SCAN, FLUSHALL, CONFIG or DEBUG: who
 #   steals this password can neither list what is kept nor reconfigure the server. HELLO and AUTH need no permission.
 # operator: looks after the server, sees no key (redis-cli --user operator --askpass).
 # probe: the health check; may do nothing but ping, and so needs no password.
 make redis.acl "user default reset
-user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +del +pexpire +pttl +hset +hdel +hgetall +hincrby +xadd +xread +xrange +xrevrange +evalsha +script|load
+user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +del +pexpire +pttl +hget +hset +hdel +hlen +hkeys +hgetall +hincrby +hrandfield +zadd +zrem +zcard +zrange +zrangebyscore +xadd +xread +xrange +xrevrange +evalsha +script|load
 user operator on #$(hash_of redis-operator-password) resetchannels -@all +ping +info +dbsize +acl|log +slowlog|get +memory|stats +latency|latest
 user probe on nopass resetchannels -@all +ping"
