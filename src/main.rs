@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
     app, demo, probe, settings,
     settings::Settings,
@@ -76,6 +76,13 @@ enum Command {
         #[arg(long, default_value = "http://relay:9090")]
         audience: String,
     },
+    /// Print a completion script for a shell: bash, elvish, fish, powershell or zsh.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff).
+    Man,
     /// Ask a relay what analysts would ask, again and again; for demonstrations.
     Traffic {
         /// The relay.
@@ -130,6 +137,16 @@ fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
         }),
         Command::Check => check(&settings()?),
         Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut CommandLine::command(),
+                "cyberscan-relay",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+        Command::Man => Ok(clap_mangen::Man::new(CommandLine::command()).render(&mut std::io::stdout())?),
         Command::Purge(what) => runtime.block_on(purge(&settings()?, &what)),
         Command::Sandbox { listen, name, directory, audience } => runtime.block_on(async {
             let shutdown = shutdown_on_signals()?;

@@ -251,8 +251,6 @@ labels! {
     }
     /// What became of an answer that could be fetched ahead.
     Prefetch {
-        /// It is worth it and was put on the schedule.
-        Scheduled => "scheduled",
         /// It was due and this replica took it on.
         Claimed => "claimed",
         /// It was fetched.

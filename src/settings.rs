@@ -497,7 +497,7 @@ impl Reader {
     }
 
     fn note(&mut self, key: &'static str, text: &str) {
-        let value = if is_secret(key) { "(set)" } else { text };
+        let value = if is_secret(key) && !text.trim().is_empty() { "(set)" } else { text.trim() };
         if !self.effective.iter().any(|noted| noted.key == key) {
             self.effective.push(Effective { key, value: value.to_owned(), source: self.source(key) });
         }

@@ -101,6 +101,9 @@ struct Pending {
     until: Instant,
 }
 
+/// How often a Redis nobody uses is asked whether it is there.
+const PROBE: Duration = Duration::from_secs(2);
+
 impl RedisTier {
     /// The tier that `redis` leads to.
     #[must_use]
@@ -414,7 +417,21 @@ impl SharedTier for RedisTier {
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
         };
-        let _: Option<std::convert::Infallible> = Box::pin(shutdown.run_until_cancelled(following)).await;
+        // Also while nobody asks anything it is known whether Redis answers.
+        let probing = async {
+            loop {
+                let ping = |mut link: Link| async move { cmd("PING").query_async::<String>(&mut link).await };
+                let _ = self.0.redis.run(Operation::Probe, ping).await;
+                sleep(PROBE).await;
+            }
+        };
+        let both = async {
+            tokio::select! {
+                never = following => never,
+                never = probing => never,
+            }
+        };
+        let _: Option<std::convert::Infallible> = Box::pin(shutdown.run_until_cancelled(both)).await;
     }
 }
 

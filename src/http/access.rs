@@ -88,6 +88,10 @@ impl Entry {
         let tally = account.tally.unwrap_or_default();
         let count = |of: fn(&Tally) -> &std::sync::atomic::AtomicU32| of(&tally).load(Ordering::Relaxed);
         let asked = account.asked.as_deref();
+        // Probes of load balancers and containers are many and tell nothing, as long as they succeed.
+        if self.endpoint == Endpoint::Other && status.is_success() {
+            return;
+        }
         info!(
             target: "access",
             id = self.id,
