@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test bench lint doc ci
+.PHONY: demo test bench bench-prefetch trials lint doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -19,6 +19,15 @@ test:
 bench:
 	$(CARGO) bench --locked --bench load -- $(if $(ONLY),"$(ONLY)")
 	$(if $(ONLY),,$(CARGO) bench --locked --bench parts)
+
+## What fetching ahead brings and costs, simulated in virtual time, into docs/benchmarks.md.
+bench-prefetch:
+	$(CARGO) bench --locked --bench prefetch
+
+## The trials under load at full length; their figures are printed.
+trials:
+	scripts/need-redis.sh
+	RELAY_TRIAL_SECONDS=$(or $(SECONDS),30) $(CARGO) test --locked --test overload -- --nocapture
 
 ## Formatting, clippy, and the rules for dependencies.
 lint:

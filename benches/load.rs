@@ -47,6 +47,8 @@ const RUN: Duration = Duration::from_secs(1);
 const CONNECTIONS: usize = 16;
 /// Distinct addresses of a miss or L2 round; the fake CyberScan knows 131,072.
 const ADDRESSES: u32 = 20_000;
+/// Observables of the memory case.
+const DISTINCT: u64 = 1_000_000;
 /// Observables in a large request.
 const MANY: u32 = 25;
 /// An address with seven vulnerabilities.
@@ -210,6 +212,11 @@ impl World {
     }
 
     fn relay(&self, with_redis: bool) -> Server {
+        // Room for all addresses of a round, whatever order they come in.
+        self.relay_of(with_redis, "512MiB")
+    }
+
+    fn relay_of(&self, with_redis: bool, memory: &str) -> Server {
         let text = |name: &str| self.about[name].as_str().unwrap();
         // Another build can be named, to compare two.
         let binary = std::env::var("BENCH_RELAY");
@@ -223,8 +230,7 @@ impl World {
             .env("RELAY_CYBERSCAN_HOSTS", text("cyberscan"))
             .env("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128")
             .env("RELAY_EGRESS_EXTRA_CA_FILE", self.directory.path().join("ca.pem"))
-            // Room for all addresses of a round, whatever order they come in.
-            .env("RELAY_CACHE_MEMORY", "512MiB")
+            .env("RELAY_CACHE_MEMORY", memory)
             // One tenant asks for all of them; the limiter is to count, not to hold back.
             .env("RELAY_LIMITER_CONCURRENCY", "1000")
             .env("RELAY_LIMITER_QUEUE", "1000");
@@ -474,6 +480,42 @@ fn bench(only: Option<&String>) {
     if only.is_none() {
         write_down(&outcomes);
     }
+    if wanted("memory") {
+        memory(&world, token);
+    }
+}
+
+/// A relay with room for 64 MiB of answers is asked about a million domains.
+fn memory(world: &World, token: &str) {
+    let relay = world.relay_of(false, "64MiB");
+    let status = |name: &str| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.pid)).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+    };
+    warm_up(&relay, token);
+    let before = status("VmRSS:");
+    let requests = DISTINCT / u64::from(MANY);
+    let mut asked = 0;
+    while asked < requests {
+        let first = asked;
+        let run = load(&relay, token, |k| {
+            (first + k < requests).then(|| {
+                let names = (0..u64::from(MANY))
+                    .map(|n| format!("n{}.load.example", (first + k) * u64::from(MANY) + n));
+                Value::from_iter(names.map(|value| json!({"type": "domain", "value": value}))).to_string()
+            })
+        });
+        asked += run.answers;
+    }
+    let text = format!(
+        "`cache.memory = 64MiB`, {} domains, each once, {MANY} a request: {before} MiB resident before, {} MiB after, {} MiB at most.\n",
+        asked * u64::from(MANY),
+        status("VmRSS:"),
+        status("VmHWM:")
+    );
+    print!("{text}");
+    replace("memory", &text);
 }
 
 /// Fresh relays meet the same addresses: without Redis, with an empty one, with what that one has got.
@@ -568,8 +610,14 @@ fn write_down(outcomes: &[Outcome]) {
     for outcome in outcomes {
         let _ = writeln!(text, "{}", outcome.row());
     }
+    replace("load", &text);
+}
+
+/// Puts `text` between the marks of `part` in docs/benchmarks.md.
+fn replace(part: &str, text: &str) {
+    let (begin, end) = (format!("<!-- {part} -->"), format!("<!-- /{part} -->"));
     let document = std::fs::read_to_string(DOCUMENT).unwrap();
-    let (before, rest) = document.split_once("<!-- load -->").unwrap();
-    let (_, after) = rest.split_once("<!-- /load -->").unwrap();
-    std::fs::write(DOCUMENT, format!("{before}<!-- load -->\n{text}<!-- /load -->{after}")).unwrap();
+    let (before, rest) = document.split_once(&begin).unwrap();
+    let (_, after) = rest.split_once(&end).unwrap();
+    std::fs::write(DOCUMENT, format!("{before}{begin}\n{text}{end}{after}")).unwrap();
 }

@@ -41,13 +41,26 @@ struct Asked {
 /// Asks the relays in turn, `rate` times a second for `length`, whether answers come or not, each time about
 /// another address below `net`.
 async fn stream(relays: &[SocketAddr], token: &str, net: u8, rate: u32, length: Duration) -> Vec<Asked> {
+    stream_about(u32::MAX, relays, token, net, rate, length).await
+}
+
+/// As [`stream`], about `distinct` addresses in turn.
+async fn stream_about(
+    distinct: u32,
+    relays: &[SocketAddr],
+    token: &str,
+    net: u8,
+    rate: u32,
+    length: Duration,
+) -> Vec<Asked> {
     let mut ticks = interval(Duration::from_secs(1) / rate);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut asking = JoinSet::new();
     for number in 0..rate * u32::try_from(length.as_secs()).unwrap() {
         ticks.tick().await;
         let relay = relays[number as usize % relays.len()];
-        let (token, ip) = (token.to_owned(), format!("198.{net}.{}.{}", number / 250 % 250, number % 250));
+        let about = number % distinct;
+        let (token, ip) = (token.to_owned(), format!("198.{net}.{}.{}", about / 250 % 250, about % 250));
         asking.spawn(async move {
             let at = Instant::now();
             let answer = ask(relay, &token, &[("ip", &ip)]).await;
@@ -224,6 +237,40 @@ async fn what_is_too_much_is_refused_quickly_and_the_rest_goes_on() {
     assert_eq!(whole(&over).count() + refused().count(), over.len());
     let last = after.iter().filter(|asked| asked.at > after[0].at + Duration::from_secs(1));
     assert_eq!(last.filter(|asked| asked.error.is_some()).count(), 0, "not back to normal");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_cyberscan_and_of_redis_costs_no_answer_that_is_known() {
+    let _alone = alone().await;
+    // Answers are past their freshness almost at once, so each is one CyberScan would be asked for.
+    let short = [("RELAY_CACHE_FRESH", "1s"), ("RELAY_CACHE_STALE_WHILE_REVALIDATE", "0s")];
+    let mut fleet = Replicas::start(&[&short[..], &[("RELAY_AUTH_REVALIDATE", "5s")]].concat()).await;
+    let (token, relays) = (fleet.sandbox.token(AUDIENCE), fleet.addresses());
+    for relay in &relays {
+        let known = stream_about(20, &[*relay], &token, 18, 20, Duration::from_secs(1)).await;
+        assert_eq!(whole(&known).count(), 20);
+    }
+    let length = phase() * 2;
+    let down = Behaviour::Status { code: 503, retry_after: None, body: String::new() };
+    fleet.sandbox.cyberscan.script(Rule::any().does(down));
+    let asking = stream_about(20, &relays, &token, 18, 60, length);
+    let harming = async {
+        sleep(length / 3).await;
+        fleet.redis.freeze();
+        fleet.sandbox.cyberscan.clear_script();
+        fleet.sandbox.cyberscan.script(Rule::any().does(Behaviour::Hang));
+        sleep(length / 3).await;
+        fleet.redis.kill();
+    };
+    let (asked, ()) = tokio::join!(asking, harming);
+    let failed: Vec<&String> = asked.iter().filter_map(|asked| asked.error.as_ref()).collect();
+    eprintln!(
+        "outage of {length:?}: {} of {} answers failed; p99 {:?}",
+        failed.len(),
+        asked.len(),
+        quantile(asked.iter(), 99)
+    );
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 #[tokio::test]
