@@ -30,8 +30,9 @@ audience=http://127.0.0.1:${ports[1]}
 start_redis "$redis"
 start_sandbox "$audience"
 
-# Lives so short that within the time given answers end, are served old, are renewed and are fetched ahead; quotas that are
-# used but not used up.
+# Lives so short that within the time given answers end, are served old, are renewed and are fetched ahead. Quotas that are used but
+# not used up: a window that is new grows from a hundredth, and until it has outgrown the reserve nothing is fetched ahead. So none of
+# an hour or a day, and a small reserve.
 settings=(
     RELAY_REDIS_URL="redis://127.0.0.1:$redis/0"
     RELAY_REDIS_ENCRYPTION_KEY="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
@@ -39,8 +40,9 @@ settings=(
     RELAY_CACHE_STALE_WHILE_REVALIDATE=20s
     RELAY_CACHE_STALE_IF_ERROR=5m
     RELAY_CACHE_NEGATIVE=10s
-    RELAY_LIMITER_TENANT=60/s,100000/d
-    RELAY_LIMITER_FLEET=100/s,500000/d
+    RELAY_LIMITER_TENANT=120/s,6000/m
+    RELAY_LIMITER_FLEET=200/s
+    RELAY_LIMITER_RESERVE=0.2
     RELAY_WORKER_BUDGET=0.5
 )
 start_relay relay-1 "${ports[1]}" "${ports[3]}" "$audience" "${settings[@]}"
