@@ -940,15 +940,15 @@ def prefetch():
     board.row("What becomes of it")
     board.series(
         "From the schedule to the answer",
-        "scheduled: asked for often enough; claimed: due, and taken on by one replica; refreshed: fetched; unneeded: somebody had "
-        "fetched it already; failed: CyberScan did not answer.",
+        "claimed: due, and taken on by one replica; refreshed: fetched; unneeded: somebody had fetched it already; failed: "
+        "CyberScan did not answer.",
         "cps",
         [
             target(
-                total(ahead, 'outcome=~"scheduled|claimed|refreshed|unneeded|failed"', by="outcome"), "{{outcome}}"
+                total(ahead, 'outcome=~"claimed|refreshed|unneeded|failed"', by="outcome"), "{{outcome}}"
             )
         ],
-        colours={"scheduled": GREY, "claimed": BLUE, "refreshed": GREEN, "unneeded": YELLOW, "failed": RED},
+        colours={"claimed": BLUE, "refreshed": GREEN, "unneeded": YELLOW, "failed": RED},
         width=12,
     )
     board.series(
