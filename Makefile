@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test bench lint doc ci
+.PHONY: demo test bench lint doc openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -29,6 +29,11 @@ lint:
 ## The documentation of the code, without a broken link.
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+## The descriptions of both listeners (docs/openapi*.yaml) against the source and a live relay.
+openapi:
+	$(CARGO) build --locked --quiet
+	scripts/openapi/check.sh
 
 ## Everything that has to hold before a change lands.
 ci: lint test doc
