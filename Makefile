@@ -39,6 +39,26 @@ lint:
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
+## Boards, rules and alerts: by themselves, then every query of the boards against a live relay.
+boards:
+	scripts/boards/run.sh
+	$(CARGO) build --locked --quiet
+	scripts/boards/live.sh
+
+## Dockerfile, Compose, Kubernetes, systemd, as far as it goes without an engine or a cluster.
+deploy-check:
+	scripts/deploy/check.sh
+
+## The status page in a real browser.
+page:
+	$(CARGO) build --locked --quiet
+	scripts/page/check.sh
+
+## The descriptions of both listeners (docs/openapi*.yaml) against the source and a live relay.
+openapi:
+	$(CARGO) build --locked --quiet
+	scripts/openapi/check.sh
+
 ## Everything that has to hold before a change lands.
-ci: lint test doc
+ci: lint test doc boards deploy-check page openapi
 	$(CARGO) run --locked --quiet -- demo --once

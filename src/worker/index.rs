@@ -6,7 +6,7 @@
 //! with a key derived from the tenant's, which only replicas have that the tenant has called.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -204,10 +204,8 @@ impl Index {
 /// One tenant's entries in memory.
 #[derive(Default)]
 struct Own {
-    entries: HashMap<Name, Known>,
+    entries: BTreeMap<Name, Known>,
     schedule: BTreeSet<(Instant, Name)>,
-    /// Where the search for something to forget goes on.
-    hand: usize,
 }
 
 struct Known {
@@ -312,8 +310,9 @@ impl Own {
 
     /// Of eight, the one with the fewest reads goes.
     fn forget_one(&mut self, now: Instant) {
-        self.hand = (self.hand + 8) % self.entries.len().max(1);
-        let some = self.entries.iter().skip(self.hand).chain(&self.entries).take(8);
+        // Names are hashes: those after any place among them are a fair sample.
+        let place = uuid::Uuid::new_v4().into_bytes();
+        let some = self.entries.range(place..).chain(&self.entries).take(8);
         let least = some.min_by(|(_, a), (_, b)| a.faded(now).total_cmp(&b.faded(now)));
         let Some(victim) = least.map(|(name, _)| *name) else { return };
         if let Some(due) = self.entries.remove(&victim).and_then(|known| known.due) {
