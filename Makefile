@@ -39,6 +39,11 @@ lint:
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
+## The descriptions of both listeners (docs/openapi*.yaml) against the source and a live relay.
+openapi:
+	$(CARGO) build --locked --quiet
+	scripts/openapi/check.sh
+
 ## Everything that has to hold before a change lands.
 ci: lint test doc
 	$(CARGO) run --locked --quiet -- demo --once

@@ -104,7 +104,18 @@ def public(checks, address, token):
                 checks.that(f"{path}: good", status == 200 and not faults, faults or text.decode())
                 checks.that(f"{path}: quotas are shown where they are set", "quotas" in json.loads(text).get("data", {}), text.decode())
         other_methods(checks, document, address, path, item, {"$ref": "#/components/schemas/MethodNotAllowed"})
-    for path in ("/nope", "/observe", "/observe/observables/x", "//", "/HEALTH", "/%2e%2e/health", "/health%2f"):
+    for path, sent in (("/version?x=1", {}), ("/health/?x", {"Authorization": f"bEaReR {token}"})):
+        status, _, text = ask(address, "POST", path, **sent)
+        checks.that(f"{path}: queries, a trailing slash and the case of the scheme are ignored", status == 200 and b"errors" not in text, text.decode())
+    for coding, refused in (("gzip", True), ("identity", False)):
+        _, _, text = ask(address, "POST", "/refer/observables", b"[]", Content_Encoding=coding, **authorized)
+        checks.that(f"Content-Encoding: {coding}", (b"A Content-Encoding of the request body" in text) == refused, text.decode())
+    many = json.dumps([{"type": "sha256", "value": "x"}] * 1001).encode()
+    _, _, text = ask(address, "POST", "/observe/observables", many, **authorized)
+    checks.that("1001 observables are too many", b"Longer than maximum length 1000." in text and not meets(document, schemas["ObserveAnswer"], text), text.decode())
+    _, _, text = ask(address, "POST", "/observe/observables", b"x" * (1 << 20) + b"x", **authorized)
+    checks.that("more than 1 MiB is too much", b"larger than 1048576 bytes" in text and not meets(document, schemas["ObserveAnswer"], text), text.decode())
+    for path in ("/nope", "/observe", "/health//", "/observe/observables/x", "//", "/HEALTH", "/%2e%2e/health", "/health%2f"):
         status, headers, text = ask(address, "POST", path, **authorized)
         faults = meets(document, schemas["NotFound"], text)
         checks.that(f"{path}: 404", status == 404 and headers["content-type"] == "application/json" and not faults, f"{status} {text[:200]}")
@@ -158,6 +169,10 @@ def admin(checks, address, token):
         other_methods(checks, document, address, path, methods, error, known="admin-allow")
     status, _, text = ask(address, "GET", "/nope")
     checks.that("/nope: 404", status == 404 and not meets(document, error, text), str(status))
+    _, _, text = ask(address, "GET", "/metrics")
+    helps = [line.split(" ", 3)[3] for line in text.decode().splitlines() if line.startswith("# HELP relay_")]
+    checks.that("/metrics has help texts", len(helps) > 10, str(len(helps)))
+    checks.that("", not any('"' in help for help in helps), known="help-text")
     _, headers, _ = ask(address, "DELETE", "/livez")
     checks.that("", "allow" in headers, known="admin-allow")
     status, _, _ = ask(address, "POST", "/purge", b'{"all": true}', length=False, **authorized)
