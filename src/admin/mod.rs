@@ -24,7 +24,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
-use warp::{Filter, Rejection, reply::Response as Reply};
+use warp::{Filter, Rejection, path::FullPath, reply::Response as Reply};
 
 use crate::{
     cache::{Cached, tier::Name},
@@ -137,7 +137,26 @@ fn routes<C: Purge>(
     let level = warp::path!("log-level").and(warp::put()).and(changing).then(
         async |admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes| set_level(&admin, &headers, &body),
     );
-    reading.or(purge).unify().or(level).unify().recover(refuse).unify()
+    let nothing =
+        warp::path::full().and_then(async |path: FullPath| Err::<Reply, _>(unserved(path.as_str())));
+    reading.or(purge).unify().or(level).unify().or(nothing).unify().recover(refuse).unify()
+}
+
+/// A known path that has not been served is asked with a method it does not have, or brings no fit body.
+#[derive(Debug)]
+struct Allow(&'static str);
+
+impl warp::reject::Reject for Allow {}
+
+fn unserved(path: &str) -> Rejection {
+    match path {
+        "/" | "/status" | "/status.css" | "/status.js" | "/metrics" | "/livez" | "/readyz" => {
+            warp::reject::custom(Allow("GET, HEAD"))
+        }
+        "/purge" => warp::reject::custom(Allow("POST")),
+        "/log-level" => warp::reject::custom(Allow("PUT")),
+        _ => warp::reject::not_found(),
+    }
 }
 
 fn text(kind: &'static str, body: impl Into<Bytes>) -> Reply {
@@ -253,14 +272,21 @@ fn name(text: &str) -> Option<Name> {
 }
 
 async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
-    let status = if rejection.is_not_found() {
-        StatusCode::NOT_FOUND
-    } else if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
+    let allow = rejection.find::<Allow>().map(|Allow(methods)| *methods);
+    let status = if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
         StatusCode::PAYLOAD_TOO_LARGE
-    } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
+    } else if rejection.find::<warp::reject::LengthRequired>().is_some() {
+        StatusCode::LENGTH_REQUIRED
+    } else if allow.is_some() {
         StatusCode::METHOD_NOT_ALLOWED
+    } else if rejection.is_not_found() {
+        StatusCode::NOT_FOUND
     } else {
         StatusCode::BAD_REQUEST
     };
-    Ok(answer(status, &json!({"error": status.canonical_reason()})))
+    let mut reply = answer(status, &json!({"error": status.canonical_reason()}));
+    if let Some(allow) = allow.filter(|_| status == StatusCode::METHOD_NOT_ALLOWED) {
+        reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
+    }
+    Ok(reply)
 }

@@ -171,6 +171,16 @@ async fn only_who_has_the_token_can_purge_and_what_is_purged_is_asked_again() {
     {
         assert_eq!(relay.purge(&odd).await, StatusCode::BAD_REQUEST, "{odd}");
     }
+    for (level, status) in [
+        ("info,access=warn", StatusCode::CONFLICT),
+        ("", StatusCode::BAD_REQUEST),
+        ("a b=", StatusCode::BAD_REQUEST),
+        ("=", StatusCode::BAD_REQUEST),
+    ] {
+        // A relay within a test does not log; what is no level is refused before that is found out.
+        let answer = relay.administer(Method::PUT, "/log-level", Some(TOKEN.1), level).await;
+        assert_eq!(answer.status, status, "{level:?}");
+    }
     let without = TestRelay::start().await;
     assert_eq!(without.purge(&json!({"all": true})).await, StatusCode::FORBIDDEN);
 }
@@ -197,6 +207,14 @@ async fn the_page_loads_nothing_from_elsewhere_and_shows_what_the_json_says() {
     assert_eq!(status["cache"]["lookups"]["upstream"]["fresh"], 1);
     assert_eq!(status["redis"]["configured"], false);
     assert_eq!(relay.administer(Method::GET, "/nothing", None, "").await.status, StatusCode::NOT_FOUND);
-    let wrong = relay.administer(Method::DELETE, "/metrics", None, "").await.status;
-    assert_eq!(wrong, StatusCode::METHOD_NOT_ALLOWED);
+    let wrong = relay.administer(Method::DELETE, "/metrics", None, "").await;
+    assert_eq!(
+        (wrong.status, &wrong.headers["allow"]),
+        (StatusCode::METHOD_NOT_ALLOWED, &"GET, HEAD".parse().unwrap())
+    );
+    let wrong = relay.administer(Method::GET, "/purge", None, "").await;
+    assert_eq!(
+        (wrong.status, &wrong.headers["allow"]),
+        (StatusCode::METHOD_NOT_ALLOWED, &"POST".parse().unwrap())
+    );
 }
