@@ -302,6 +302,12 @@ def check(browser, given):
     expect(re.search(r"Redis\s+does not answer", browser.value(FIGURES)["parts"]), "the parts do not say that Redis is gone")
     check_schemes(browser)
     check_quiet(browser)
+    # One that accepts connections and says nothing.
+    os.kill(given.relay_pid, signal.SIGSTOP)
+    until(browser, 15, "that the relay hangs", lambda: "the relay does not answer" in verdict())
+    os.kill(given.relay_pid, signal.SIGCONT)
+    until(browser, 15, "that the relay is back", lambda: "Redis does not answer" in verdict())
+    check_quiet(browser)
     os.kill(given.relay_pid, signal.SIGTERM)
     until(browser, 30, "that the relay is gone", lambda: "the relay does not answer" in verdict())
     check_schemes(browser)
