@@ -152,8 +152,9 @@ class Board:
         custom = {
             "drawStyle": "line",
             "lineInterpolation": "linear",
-            "lineWidth": 1,
-            "fillOpacity": 40 if stack else 8,
+            # Stacked, the line of something that never happens would run along the top of the others, in the colour of alarm.
+            "lineWidth": 0 if stack else 1,
+            "fillOpacity": 60 if stack else 8,
             "gradientMode": "none",
             "showPoints": "never",
             "spanNulls": False,
@@ -781,7 +782,7 @@ def capacity():
             target(f"sum by (instance) ({select('relay_cache_bytes')})", "{{instance}}"),
             target(f"min({select('relay_cache_capacity_bytes')})", "capacity"),
         ],
-        colours={"capacity": RED},
+        colours={"capacity": GREY},
     )
     board.series(
         "Answers in memory",

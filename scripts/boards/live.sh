@@ -2,26 +2,29 @@
 # Proves that every panel and variable of the boards gets data from relays that really run, and that no alert is raised for nothing:
 # two relays on one Redis, a fake CyberScan, traffic, and a Prometheus with the rules and alerts. Two minutes; ends all it started.
 #
-#   scripts/boards/live.sh [--seconds 75] [--rate 12] [--save FILE] [RELAY-PROGRAM]
+#   scripts/boards/live.sh [--seconds 75] [--rate 12] [--fresh 20s] [--budget 0.5] [--interval 1] [--save FILE] [RELAY-PROGRAM]
 #
-# --seconds: how long there is traffic before the boards are asked. --save: keeps the answers, for pictures (render/render.mjs).
+# --seconds: how long there is traffic before the boards are asked; --rate: requests per second to each relay; --fresh, --budget: how
+# long answers are fresh, and the worker's budget; --interval: seconds between scrapes, several of which are needed before there is a
+# rate. --save keeps the answers for pictures (render/render.mjs). Those in docs/ are from
+# `--seconds 360 --rate 20 --fresh 60s --budget 0.15 --interval 5`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/playground.bash
 
-seconds=75 rate=12 save=() program=
+seconds=75 rate=12 fresh=20s budget=0.5 interval=1 save=() program=
 while [ $# -gt 0 ]; do
     case $1 in
     --seconds) seconds=$2 && shift 2 ;;
     --rate) rate=$2 && shift 2 ;;
+    --fresh) fresh=$2 && shift 2 ;;
+    --budget) budget=$2 && shift 2 ;;
+    --interval) interval=$2 && shift 2 ;;
     --save) save=(--save "$(realpath "$2")") && shift 2 ;;
     -*) fail "unknown option $1" ;;
     *) program=$1 && shift ;;
     esac
 done
-
-# A second between scrapes: Prometheus needs several of them before there is a rate.
-interval=1
 
 scripts/need.sh prometheus prometheus
 playground "$program" 6
@@ -36,14 +39,14 @@ start_sandbox "$audience"
 settings=(
     RELAY_REDIS_URL="redis://127.0.0.1:$redis/0"
     RELAY_REDIS_ENCRYPTION_KEY="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
-    RELAY_CACHE_FRESH=20s
-    RELAY_CACHE_STALE_WHILE_REVALIDATE=20s
+    RELAY_CACHE_FRESH=$fresh
+    RELAY_CACHE_STALE_WHILE_REVALIDATE=$fresh
     RELAY_CACHE_STALE_IF_ERROR=5m
     RELAY_CACHE_NEGATIVE=10s
     RELAY_LIMITER_TENANT=120/s,6000/m
     RELAY_LIMITER_FLEET=200/s
     RELAY_LIMITER_RESERVE=0.2
-    RELAY_WORKER_BUDGET=0.5
+    RELAY_WORKER_BUDGET=$budget
 )
 start_relay relay-1 "${ports[1]}" "${ports[3]}" "$audience" "${settings[@]}"
 start_relay relay-2 "${ports[2]}" "${ports[4]}" "$audience" "${settings[@]}"

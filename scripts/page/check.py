@@ -53,6 +53,13 @@ FAINT = """
         });
     })()
 """
+OVER = """
+    [...document.querySelectorAll("body *:not(svg *)")].filter((one) => {
+        const card = one.parentElement.closest("article");
+        const edge = card ? card.getBoundingClientRect().right - parseFloat(getComputedStyle(card).paddingRight) : innerWidth;
+        return one.getBoundingClientRect().right > edge + 0.5;
+    }).map((one) => one.tagName + " " + one.id + " " + one.innerText)
+"""
 LOUD = """
     window.violations = [];
     document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + " " + event.blockedURI));
@@ -250,11 +257,8 @@ def check_phone(browser):
     width = browser.value("Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
     inner = browser.value("window.innerWidth")
     expect(inner == PHONE["width"] and width <= inner, f"on a phone the page is {width} wide of {inner}")
-    over = browser.value(
-        "[...document.querySelectorAll('body *')].filter((one) => one.getBoundingClientRect().right > innerWidth + 0.5)"
-        ".map((one) => one.tagName + ' ' + one.id)"
-    )
-    expect(not over, f"on a phone these reach beyond the edge: {over}")
+    over = browser.value(OVER)
+    expect(not over, f"on a phone these reach beyond their card or the page: {over}")
     browser.call("Emulation.setDeviceMetricsOverride", **DESKTOP)
 
 
@@ -301,6 +305,12 @@ def check(browser, given):
     until(browser, 15, "that Redis is gone", lambda: "Redis does not answer" in verdict())
     expect(re.search(r"Redis\s+does not answer", browser.value(FIGURES)["parts"]), "the parts do not say that Redis is gone")
     check_schemes(browser)
+    check_quiet(browser)
+    # One that accepts connections and says nothing.
+    os.kill(given.relay_pid, signal.SIGSTOP)
+    until(browser, 15, "that the relay hangs", lambda: "the relay does not answer" in verdict())
+    os.kill(given.relay_pid, signal.SIGCONT)
+    until(browser, 15, "that the relay is back", lambda: "Redis does not answer" in verdict())
     check_quiet(browser)
     os.kill(given.relay_pid, signal.SIGTERM)
     until(browser, 30, "that the relay is gone", lambda: "the relay does not answer" in verdict())

@@ -3,20 +3,30 @@
 
 const POINTS = 90;
 const PERIOD = 2000;
-const history = { hit: [], rate: [], p95: [], calls: [] };
-let first = null;
-let last = null;
+// A relay that accepts and does not answer is one that does not answer.
+const PATIENCE = 5000;
+let history;
+// What /status has said during the last three minutes, with the time.
+let states;
+
+function forget() {
+  history = { hit: [], rate: [], p95: [], calls: [] };
+  states = [];
+}
 
 const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
 const put = (id, text) => { document.getElementById(id).textContent = text; };
 const percent = (share) => share === null ? "–" : (100 * share).toFixed(share > 0.995 && share < 1 ? 2 : 1) + " %";
 const whole = (number) => Math.round(number).toLocaleString("en");
+const count = (number) => number < 10000 ? whole(number)
+  : number.toLocaleString("en", { notation: "compact", maximumFractionDigits: 1 });
 const brief = (number) => number >= 100 ? whole(number) : number.toFixed(number >= 10 ? 1 : 2);
 
 function seconds(value) {
   if (value === null) return "–";
   if (value < 0.001) return "< 1 ms";
-  return value < 1 ? (1000 * value).toFixed(value < 0.01 ? 1 : 0) + " ms" : value.toFixed(1) + " s";
+  if (value < 1) return (1000 * value).toFixed(value < 0.01 ? 1 : 0) + " ms";
+  return value < 60 ? value.toFixed(1) + " s" : Math.round(value / 60) + " min";
 }
 
 function bytes(count) {
@@ -65,10 +75,15 @@ function list(id, rows) {
   }));
 }
 
-function draw(id, values, top) {
-  const chart = document.getElementById(id);
+// A chart of the last three minutes, with what its height stands for.
+function draw(name, say, top) {
+  const chart = document.getElementById(name + "-chart");
+  const values = history[name];
   const known = values.map((value) => value === null ? 0 : value);
-  const most = top || Math.max(...known, 1e-9);
+  const highest = Math.max(...known, 0);
+  const most = top || Math.max(highest, 1e-9);
+  put(name + "-span", values.length ? "last " + Math.max(Math.round(values.length * PERIOD / 60000), 1) + " min" : "");
+  put(name + "-top", values.length ? "highest " + say(highest) : "");
   const points = known.map((value, at) => {
     const x = 100 * (POINTS - known.length + at) / (POINTS - 1);
     return x.toFixed(2) + "," + (30 - 28 * Math.min(value / most, 1)).toFixed(2);
@@ -81,7 +96,27 @@ function draw(id, values, top) {
     return element;
   };
   const start = points.length ? points[0].split(",")[0] : 0;
-  chart.replaceChildren(shape("polygon", [start + ",30", ...points, "100,30"]), shape("polyline", points));
+  const ground = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  for (const [name, value] of [["x1", 0], ["x2", 100], ["y1", 30], ["y2", 30]]) ground.setAttribute(name, value);
+  chart.replaceChildren(ground, shape("polygon", [start + ",30", ...points, "100,30"]), shape("polyline", points));
+}
+
+function tiers(lookups) {
+  const names = { memory: "Memory", redis: "Redis", upstream: "CyberScan" };
+  document.getElementById("tiers").replaceChildren(...Object.entries(names).map(([tier, name]) => {
+    const row = document.createElement("tr");
+    const cells = ["fresh", "stale", "negative", "miss", "error"].map((outcome) => {
+      const cell = document.createElement("td");
+      // CyberScan's own answers are never old, and never only missing.
+      cell.textContent = tier === "upstream" && (outcome === "stale" || outcome === "miss") ? "" : count(lookups[tier][outcome]);
+      return cell;
+    });
+    const head = document.createElement("th");
+    head.scope = "row";
+    head.textContent = name;
+    row.append(head, ...cells);
+    return row;
+  }));
 }
 
 function note(name, value) {
@@ -97,12 +132,20 @@ function verdict(status) {
   if (status.jwks.age > 1800) troubles.push(["warn", "keys of a token issuer cannot be renewed"]);
   const fullest = Math.max(...Object.values(status.limiter.used).flatMap(Object.values));
   if (fullest >= 0.9) troubles.push(["warn", "a quota is nearly used up"]);
+  const mood = troubles.length ? troubles.some(([mood]) => mood === "bad") ? "bad" : "warn" : "good";
+  say(mood, troubles.length ? troubles.map(([, text]) => text).join("; ") : "all parts work");
+}
+
+function say(mood, text) {
   const element = document.getElementById("verdict");
-  element.className = troubles.length ? troubles.some(([mood]) => mood === "bad") ? "bad" : "warn" : "good";
-  element.textContent = troubles.length ? troubles.map(([, text]) => text).join("; ") : "all parts work";
+  // Said anew only when it changes: a screen reader reads it out each time.
+  if (element.textContent !== text) element.textContent = text;
+  element.className = mood;
+  document.title = (mood === "good" ? "" : "(!) ") + "cyberscan-relay";
 }
 
 function show(status, at) {
+  const [first, last] = [states[0] || { status, at }, states[states.length - 1]];
   const [now, since] = [lookups(status), lookups(first.status)];
   put("version", status.version + (status.revision === "unknown" ? "" : " · " + status.revision.slice(0, 12)));
   verdict(status);
@@ -125,60 +168,63 @@ function show(status, at) {
   const share = (part) => asked > 0 ? (now[part] - since[part]) / asked : null;
   put("hit", percent(asked > 0 ? share("memory") + share("redis") : null));
   put("hit-note", asked > 0 ? percent(share("memory")) + " memory, " + percent(share("redis")) + " Redis" : "no look-ups yet");
-  const from = at === first.at ? null : buckets(first.status);
+  const from = buckets(first.status);
   put("p95", seconds(quantile(from, buckets(status), 0.95)));
   put("p95-note", "median " + seconds(quantile(from, buckets(status), 0.5)) + ", 99th " + seconds(quantile(from, buckets(status), 0.99)));
   put("calls-note", whole(Math.max(asked - (sum(status.upstream) - sum(first.status.upstream)), 0)) + " calls saved");
-  draw("hit-chart", history.hit, 1);
-  draw("rate-chart", history.rate);
-  draw("p95-chart", history.p95);
-  draw("calls-chart", history.calls);
+  draw("hit", percent, 1);
+  draw("rate", brief);
+  draw("p95", seconds);
+  draw("calls", brief);
 
   const { breakers, redis, jwks, cache } = status;
   const resting = breakers.open + breakers.half_open;
   list("parts", [
     ["Requests", status.ready ? "taken" : "draining", status.ready ? "good" : "bad"],
-    ["CyberScan hosts", resting ? resting + " left alone" : breakers.closed ? breakers.closed + " asked" : "none yet", resting ? "bad" : "good"],
+    ["CyberScan hosts", resting ? resting + " left alone" : breakers.closed ? breakers.closed + " in use" : "none yet", resting ? "bad" : "good"],
     ["Redis", redis.configured ? redis.up ? "answers" : "does not answer" : "not used", redis.configured && !redis.up ? "warn" : "good"],
     ["Issuers' keys", jwks.age ? "renewed " + seconds(jwks.age) + " ago" : "none in use", jwks.age > 1800 ? "warn" : "good"],
-    ["Memory", bytes(cache.bytes) + " of " + bytes(cache.capacity) + ", " + whole(cache.entries) + " answers"],
+    ["Answers in memory", whole(cache.entries)], ["They take", bytes(cache.bytes) + " of " + bytes(cache.capacity)],
   ]);
   const quotas = Object.entries(status.limiter.used).flatMap(([scope, windows]) =>
     Object.entries(windows).filter(([, used]) => used > 0).map(([window, used]) => [
-      (scope === "fleet" ? "All tenants" : "Fullest tenant") + ", " + window, percent(used),
+      (scope === "fleet" ? "All tenants" : "Fullest tenant") + ", per " + window, percent(used),
       used >= 0.9 ? "warn" : "",
     ]));
   list("quota", quotas.length ? quotas : [["Nothing used, or no quota set", ""]]);
-  list("tiers", ["memory", "redis", "upstream"].flatMap((tier) => {
-    const counts = cache.lookups[tier];
-    const name = { memory: "Memory", redis: "Redis", upstream: "CyberScan" }[tier];
-    return [[name, ["fresh", "stale", "negative", "miss", "error"].filter((outcome) => counts[outcome])
-      .map((outcome) => whole(counts[outcome]) + " " + outcome).join(", ") || "–"]];
-  }));
+  tiers(cache.lookups);
   const { useful, wasted, refreshed } = status.prefetch;
   list("prefetch", [
-    ["Refreshed since start", whole(refreshed)], ["Served afterwards", whole(useful)],
+    ["Refreshed", whole(refreshed)], ["Served afterwards", whole(useful)],
     ["Ended unused", whole(wasted)],
-    ["Worth it", useful + wasted ? percent(useful / (useful + wasted)) : "–"],
+    ["Share served", useful + wasted ? percent(useful / (useful + wasted)) : "–"],
   ]);
   const errors = Object.entries(status.errors).filter(([, count]) => count);
-  list("errors", errors.length ? errors.map(([code, count]) => [code, whole(count)]) : [["None since start", ""]]);
+  list("errors", errors.length ? errors.map(([code, count]) => [code, whole(count)]) : [["None", ""]]);
+}
+
+// Counters only rise: one that fell is that of another process.
+function restarted(before, after) {
+  return lookups(after).all < lookups(before).all || sum(after.upstream) < sum(before.upstream)
+    || sum(after.requests.observe) < sum(before.requests.observe);
 }
 
 async function step() {
   try {
-    const answer = await fetch("/status", { cache: "no-store" });
+    const answer = await fetch("/status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     const status = await answer.json();
     const at = Date.now();
-    if (!first) first = { status, at };
+    if (states.length && restarted(states[states.length - 1].status, status)) forget();
     show(status, at);
-    last = { status, at };
+    states.push({ status, at });
+    if (states.length > POINTS) states.shift();
   } catch {
-    const element = document.getElementById("verdict");
-    element.className = "bad";
-    element.textContent = "the relay does not answer";
+    const last = states[states.length - 1];
+    const of = last ? "; what is shown is of " + new Date(last.at).toLocaleTimeString("en", { hour12: false }) : "";
+    say("bad", "the relay does not answer" + of);
   }
   setTimeout(step, PERIOD);
 }
 
+forget();
 step();
