@@ -66,6 +66,7 @@ playground() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     # All at once, so that none is given twice.
+    # shellcheck disable=SC2034  # for who sources this
     read -r -a ports < <(python3 - "$2" <<'PYTHON'
 import socket, sys
 sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]

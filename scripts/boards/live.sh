@@ -39,14 +39,14 @@ start_sandbox "$audience"
 settings=(
     RELAY_REDIS_URL="redis://127.0.0.1:$redis/0"
     RELAY_REDIS_ENCRYPTION_KEY="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
-    RELAY_CACHE_FRESH=$fresh
-    RELAY_CACHE_STALE_WHILE_REVALIDATE=$fresh
+    RELAY_CACHE_FRESH="$fresh"
+    RELAY_CACHE_STALE_WHILE_REVALIDATE="$fresh"
     RELAY_CACHE_STALE_IF_ERROR=5m
     RELAY_CACHE_NEGATIVE=10s
-    RELAY_LIMITER_TENANT=120/s,6000/m
+    "RELAY_LIMITER_TENANT=120/s,6000/m"
     RELAY_LIMITER_FLEET=200/s
     RELAY_LIMITER_RESERVE=0.2
-    RELAY_WORKER_BUDGET=$budget
+    RELAY_WORKER_BUDGET="$budget"
 )
 start_relay relay-1 "${ports[1]}" "${ports[3]}" "$audience" "${settings[@]}"
 start_relay relay-2 "${ports[2]}" "${ports[4]}" "$audience" "${settings[@]}"
