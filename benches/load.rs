@@ -213,10 +213,11 @@ impl World {
 
     fn relay(&self, with_redis: bool) -> Server {
         // Room for all addresses of a round, whatever order they come in.
-        self.relay_of(with_redis, "512MiB")
+        // One tenant asks for all of them; the limiter is to count, not to hold back.
+        self.relay_of(with_redis, "512MiB", "1000")
     }
 
-    fn relay_of(&self, with_redis: bool, memory: &str) -> Server {
+    fn relay_of(&self, with_redis: bool, memory: &str, concurrency: &str) -> Server {
         let text = |name: &str| self.about[name].as_str().unwrap();
         // Another build can be named, to compare two.
         let binary = std::env::var("BENCH_RELAY");
@@ -231,8 +232,7 @@ impl World {
             .env("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128")
             .env("RELAY_EGRESS_EXTRA_CA_FILE", self.directory.path().join("ca.pem"))
             .env("RELAY_CACHE_MEMORY", memory)
-            // One tenant asks for all of them; the limiter is to count, not to hold back.
-            .env("RELAY_LIMITER_CONCURRENCY", "1000")
+            .env("RELAY_LIMITER_CONCURRENCY", concurrency)
             .env("RELAY_LIMITER_QUEUE", "1000");
         if with_redis {
             command.env("RELAY_REDIS_URL", format!("redis://127.0.0.1:{}", self.redis.port));
@@ -487,7 +487,7 @@ fn bench(only: Option<&String>) {
 
 /// A relay with room for 64 MiB of answers is asked about a million domains.
 fn memory(world: &World, token: &str) {
-    let relay = world.relay_of(false, "64MiB");
+    let relay = world.relay_of(false, "64MiB", "32");
     let status = |name: &str| {
         let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.pid)).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();

@@ -129,7 +129,9 @@ fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
         Command::Serve => {
             let settings = settings()?;
             let log = telemetry::init(&settings.log);
-            runtime.block_on(serve(settings, log))
+            let served = runtime.block_on(serve(settings, log.clone()));
+            log.write_out();
+            served
         }
         Command::Demo { once, listen } => runtime.block_on(async {
             let shutdown = shutdown_on_signals()?;

@@ -362,8 +362,8 @@ impl Limiter {
         let (mut own, mut all) = (tenant.scope.counted(now), self.0.fleet.counted(now));
         let mut windows: Vec<&mut SlidingWindow> = own.iter_mut().chain(all.iter_mut()).collect();
         let free = |window: &mut SlidingWindow| {
-            let limit = f64::from(window.window().limit.get());
-            window.available(now).saturating_sub((limit * leave) as u32)
+            let ceiling = f64::from(window.ceiling(now));
+            window.available(now).saturating_sub((ceiling * leave) as u32)
         };
         let granted = windows.iter_mut().map(|window| free(window)).min().unwrap_or(calls).min(calls);
         let mut wait = Duration::ZERO;

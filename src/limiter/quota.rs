@@ -94,7 +94,7 @@ impl SlidingWindow {
     }
 
     /// The limit, or what it has grown to in a young window.
-    fn ceiling(&self, now: u64) -> u32 {
+    pub(super) fn ceiling(&self, now: u64) -> u32 {
         let (limit, per) = (u64::from(self.window.limit.get()), micros(self.window.per));
         let age = now.saturating_sub(self.born);
         let grown = (limit / PARTS).max(1) + limit.saturating_mul(age) / per;

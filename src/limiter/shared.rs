@@ -41,7 +41,7 @@ pub(super) struct Demand<'a> {
     pub(super) of_fleet: &'a [(Window, u32)],
     /// Calls wanted.
     pub(super) calls: u32,
-    /// The share of each limit that is to be left over.
+    /// The share of each window's ceiling that is to be left over.
     pub(super) leave: f64,
 }
 

@@ -1,7 +1,7 @@
 -- Takes calls from all windows of a tenant and the fleet at once, on Redis's clock.
 -- KEYS: the tenant's pause, then one hash per window: number of a part -> calls in it, and `b`, when the
 --   window came into being. A window that is not there is new: it grows from a hundredth to its limit.
--- ARGV: calls wanted, share of each limit that is to be left over, then per window: limit, microseconds,
+-- ARGV: calls wanted, share of each ceiling that is to be left over, then per window: limit, microseconds,
 --   calls made elsewhere that are not counted yet.
 -- Answer: calls granted, microseconds until the next one, 1 if paused, the time, then per window: calls used,
 -- ceiling.
@@ -41,7 +41,7 @@ for key = 2, #KEYS do
     oldest = oldest or number
   end
   local ceiling = math.min(limit, math.max(1, math.floor(limit / 100)) + math.floor(limit * math.max(0, now - born) / per))
-  local free = math.max(0, ceiling - used - math.floor(limit * leave))
+  local free = math.max(0, ceiling - used - math.floor(ceiling * leave))
   granted = math.min(granted, free)
   windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, limit = limit, per = per, free = free}
 end
