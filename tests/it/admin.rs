@@ -173,7 +173,8 @@ async fn only_who_has_the_token_can_purge_and_what_is_purged_is_asked_again() {
     }
     for (level, status) in [
         ("info,access=warn", StatusCode::CONFLICT),
-        ("", StatusCode::BAD_REQUEST),
+        ("", StatusCode::LENGTH_REQUIRED),
+        (" ", StatusCode::BAD_REQUEST),
         ("a b=", StatusCode::BAD_REQUEST),
         ("=", StatusCode::BAD_REQUEST),
     ] {
