@@ -244,7 +244,7 @@ async fn the_script_does_what_the_model_does() {
                 models.extend(tenant.iter().chain(&fleet).map(|window| SlidingWindow::new(*window, now)));
             }
             let free = models.iter_mut().map(|model| {
-                let kept = (f64::from(model.window().limit.get()) * leave) as u32;
+                let kept = (f64::from(model.ceiling(now)) * leave) as u32;
                 model.available(now).saturating_sub(kept)
             });
             let expected = free.min().unwrap().min(calls);
