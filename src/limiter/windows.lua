@@ -17,7 +17,7 @@ for key = 2, #KEYS do
   local limit, per, debt = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
   local part = math.floor(per / 100)
   -- Leaving parts that count in full: calls do not arrive the moment they are granted.
-  local leaving = per > 1000000 and 1 or 2
+  local leaving = per > 1000000 and 1 or 3
   local number = math.floor(now / part)
   local fields = redis.call('HGETALL', KEYS[key])
   local born, used, oldest = nil, 0, nil

@@ -29,6 +29,9 @@ const KEPT: Duration = Duration::from_secs(26 * 3600);
 /// Reads count less the older they are, with this many lives as time constant: the script's figure, too.
 const MEMORY: f64 = 3.0;
 
+/// The most entries in memory, of all tenants together: some ten megabytes.
+const IN_MEMORY: usize = 50_000;
+
 /// What is known of an answer.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -159,7 +162,11 @@ impl Index {
         }
         match &self.shared {
             Some(shared) => shared.put(tenant, entries, self.most).await,
-            None => Ok(self.own(tenant, |own| own.put(entries, self.most))),
+            None => {
+                let tenants = self.own.lock().unwrap_or_else(PoisonError::into_inner).len().max(1);
+                let most = self.most.min(IN_MEMORY / tenants).max(1);
+                Ok(self.own(tenant, |own| own.put(entries, most)))
+            }
         }
     }
 

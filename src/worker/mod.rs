@@ -303,15 +303,15 @@ impl<C: Renew> Worker<C> {
                 self.0.metrics.prefetch.inc((Prefetch::Wasted,));
                 self.with(tenant, |book| book.budget.wasted());
             }
-            let worth_it =
-                !due.unread && self.with(tenant, |book| book.budget.take(due.expected)).unwrap_or(false);
-            let turn = worth_it.then(|| Arc::clone(&self.0.turns).try_acquire_owned().ok()).flatten();
-            match turn {
-                Some(turn) => self.renew_due(turn, tenant, due),
-                None => {
-                    if !due.unread {
-                        self.0.metrics.prefetch.inc((Prefetch::OverBudget,));
-                    }
+            // If others have taken the turns meanwhile, it is due again when the lease ends.
+            let turn = Arc::clone(&self.0.turns).try_acquire_owned();
+            if due.unread {
+                dropped.push(due.dropped());
+            } else if let Ok(turn) = turn {
+                if self.with(tenant, |book| book.budget.take(due.expected)).unwrap_or(false) {
+                    self.renew_due(turn, tenant, due);
+                } else {
+                    self.0.metrics.prefetch.inc((Prefetch::OverBudget,));
                     dropped.push(due.dropped());
                 }
             }
