@@ -3,11 +3,11 @@
 //! kept or how CyberScan is asked.
 //!
 //! - Every quarter of a second it collects what was read ([`Notes`]) into the index of recent answers, which
-//!   replicas share where there is Redis ([`index`]).
+//!   replicas share where there is Redis (`index`).
 //! - Shortly before an answer's end, one replica claims it from the index, and renews it if that is worth a
-//!   call ([`budget`]). A claim is a lease: what a dead replica had claimed is due again when it ends.
+//!   call (`budget`). A claim is a lease: what a dead replica had claimed is due again when it ends.
 //! - Where analysts follow domains to their addresses, what is known about the address is fetched as soon as
-//!   the domain is asked for ([`relations`]).
+//!   the domain is asked for (`relations`).
 //! - Keys of tenants are in memory only, forgotten when they are idle and at once when CyberScan refuses them.
 //!
 //! The limiter lets prefetching use only what leaves its reserve to those who wait; the breaker's rest and
