@@ -16,12 +16,16 @@ use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
 use bytes::Bytes;
-use http::{HeaderMap, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, StatusCode, header};
+use hyper::{
+    body::Incoming,
+    service::{Service, service_fn},
+};
 use hyper_util::service::TowerToHyperService;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use warp::{Filter, Rejection, path::FullPath, reply::Response as Reply};
@@ -43,6 +47,8 @@ pub struct Config {
     pub token: Option<SecretString>,
 }
 
+/// How long a request may take, its body included.
+const WHOLE: Duration = Duration::from_secs(30);
 /// The most bytes of a request's body.
 const BODY: u64 = 4096;
 
@@ -96,15 +102,18 @@ pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: C
         idle_timeout: Duration::from_secs(75),
         shutdown_timeout: Duration::from_secs(1),
     };
-    let routes = routes(Arc::new(admin));
-    server::serve(
-        listener,
-        TowerToHyperService::new(warp::service(routes)),
-        config,
-        Metrics::new(),
-        shutdown,
-    )
-    .await;
+    let routes = TowerToHyperService::new(warp::service(routes(Arc::new(admin))));
+    // Also a body that never ends is given up.
+    let service = service_fn(move |request: Request<Incoming>| {
+        let answering = timeout(WHOLE, routes.call(request));
+        async move {
+            answering.await.unwrap_or_else(|_| {
+                let status = StatusCode::REQUEST_TIMEOUT;
+                Ok(answer(status, &json!({"error": status.canonical_reason()})))
+            })
+        }
+    });
+    server::serve(listener, service, config, Metrics::new(), shutdown).await;
 }
 
 fn routes<C: Purge>(

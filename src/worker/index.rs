@@ -195,9 +195,9 @@ impl Index {
         }
     }
 
-    /// Forgets a tenant's entries in memory.
-    pub(super) fn forget(&self, tenant: TenantId) {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&tenant);
+    /// Forgets the entries in memory of all tenants but those that are `known`.
+    pub(super) fn retain(&self, known: impl Fn(&TenantId) -> bool) {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).retain(|id, _| known(id));
     }
 
     fn own<R>(&self, tenant: &Tenant, work: impl FnOnce(&mut Own) -> R) -> R {

@@ -200,13 +200,8 @@ impl<C: Renew> Worker<C> {
         let now = Instant::now();
         let due: Vec<Arc<Tenant>> = {
             let mut books = self.books();
-            books.retain(|id, book| {
-                let kept = now - book.seen < self.0.config.idle;
-                if !kept {
-                    self.0.index.forget(*id);
-                }
-                kept
-            });
+            books.retain(|_, book| now - book.seen < self.0.config.idle);
+            self.0.index.retain(|id| books.contains_key(id));
             self.0.metrics.prefetch_scheduled.set((), books.values().map(|book| book.scheduled).sum());
             books.values().filter(|book| book.look <= now).map(|book| Arc::clone(&book.tenant)).collect()
         };
@@ -362,8 +357,8 @@ impl<C: Renew> Worker<C> {
                 pause((*retry_after).max(PAUSE));
                 Prefetch::Resting
             }
-            Err(error) => {
-                debug!(%error, "an answer could not be renewed ahead");
+            Err(_) => {
+                debug!("an answer could not be renewed ahead");
                 pause(PAUSE);
                 Prefetch::Failed
             }

@@ -184,7 +184,12 @@ async fn a_redis_that_is_killed_under_load_frees_nobody_from_the_quota() {
     assert!(most <= 40, "{most} calls in a second");
     // Three shares of 0.3, once what Redis had granted has left the window.
     assert!(away > 0, "closed while Redis was away");
-    assert!(asked.iter().all(|asked| matches!(asked.error.as_deref(), None | Some("too many requests"))));
+    let odd: Vec<_> = asked
+        .iter()
+        .filter(|asked| !matches!(asked.error.as_deref(), None | Some("too many requests")))
+        .map(|asked| (asked.at - started, asked.took, asked.error.as_deref()))
+        .collect();
+    assert!(odd.is_empty(), "{} of {}: {:?}", odd.len(), asked.len(), &odd[..odd.len().min(5)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
