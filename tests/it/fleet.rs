@@ -150,22 +150,30 @@ impl Load {
 pub(crate) struct RelayProcess {
     pub(crate) address: SocketAddr,
     child: Child,
-    _ca: tempfile::NamedTempFile,
+    _ca: Option<tempfile::NamedTempFile>,
 }
 
 impl RelayProcess {
     pub(crate) async fn start(sandbox: &Sandbox, settings: &[(&str, &str)]) -> Self {
         let ca = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+        let given = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let mut relay =
+            Self::with(sandbox_settings(sandbox, ca.path().to_str().unwrap()).into_iter().chain(given)).await;
+        relay._ca = Some(ca);
+        relay
+    }
+
+    /// One with these settings, and nothing else in its environment, on ports it chooses itself.
+    pub(crate) async fn with(settings: impl IntoIterator<Item = (String, String)>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cyberscan-relay"));
         command.env_clear().kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
-        command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0");
-        command.envs(sandbox_settings(sandbox, ca.path().to_str().unwrap()));
-        command.envs(settings.iter().copied());
+        command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0").envs(settings);
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let address = loop {
-            let line = timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap().unwrap();
+            let line = timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap();
+            let line = line.expect("the relay ended at its start; it says why above");
             let line: Value = serde_json::from_str(&line).unwrap();
             if let Some(address) = line["listen"].as_str() {
                 break address.parse().unwrap();
@@ -173,7 +181,7 @@ impl RelayProcess {
         };
         // Read on, or the relay would wait for its log to be read.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self { address, child, _ca: ca }
+        Self { address, child, _ca: None }
     }
 
     /// As many as `count` on one sandbox, ready and acquainted with each other.

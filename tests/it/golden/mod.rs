@@ -6,11 +6,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -22,12 +20,12 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    process::{Child, Command},
+    net::TcpStream,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::timeout,
 };
 
+use crate::fleet::RelayProcess;
 use mock::{Mock, World};
 
 pub(crate) mod compare;
@@ -36,9 +34,7 @@ pub(crate) mod mock;
 /// Relays that work through the cases side by side, each with a mock of its own, so that every
 /// call can be laid to one case.
 const STATIONS: usize = 3;
-/// How long a relay may take to come up.
-const START: Duration = Duration::from_secs(20);
-/// How long it may take to answer.
+/// How long a relay may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The shortened time-out that the slow answers of the mock are made for.
 const TIMEOUT: &str = "1s";
@@ -48,8 +44,8 @@ async fn the_relay_answers_every_recorded_request_as_the_contract_says() {
     let suite = Arc::new(Suite::load());
     let next = Arc::new(AtomicUsize::new(0));
     let mut stations = JoinSet::new();
-    for number in 0..STATIONS {
-        stations.spawn(work(number, Arc::clone(&suite), Arc::clone(&next)));
+    for _ in 0..STATIONS {
+        stations.spawn(work(Arc::clone(&suite), Arc::clone(&next)));
     }
     let mut verdicts: Vec<_> = stations.join_all().await.into_iter().flatten().collect();
     verdicts.sort_by_key(|(at, _)| *at);
@@ -73,18 +69,16 @@ async fn the_relay_answers_every_recorded_request_as_the_contract_says() {
 }
 
 /// Takes cases until none are left.
-async fn work(number: usize, suite: Arc<Suite>, next: Arc<AtomicUsize>) -> Vec<(usize, Result<(), String>)> {
+async fn work(suite: Arc<Suite>, next: Arc<AtomicUsize>) -> Vec<(usize, Result<(), String>)> {
     let mock = Mock::start(Arc::clone(&suite.world)).await;
-    // Of the run before, if there was one.
-    let _ = std::fs::remove_file(log_file(number));
-    let mut relay = Relay::start(number, &suite.world, mock.address).await;
+    let mut relay = start(&suite.world, mock.address).await;
     let mut verdicts = Vec::new();
     while let at = next.fetch_add(1, Ordering::Relaxed)
         && let Some(case) = suite.cases.get(at)
     {
         // What still came in for the case before is not this one's.
         mock.take();
-        let answer = relay.answer(&case.request).await;
+        let answer = answer(&relay, &case.request).await;
         let upstream = mock.take();
         let verdict = match &answer {
             Ok(answer) => compare::verdict(case, &suite, answer, &upstream),
@@ -94,8 +88,7 @@ async fn work(number: usize, suite: Arc<Suite>, next: Arc<AtomicUsize>) -> Vec<(
         // A relay may remember what failed (breaker, throttled tenant, refused key) and let the
         // next case feel it; the cases were recorded by one that remembers nothing.
         if upstream.trouble || answer.is_err() {
-            drop(relay);
-            relay = Relay::start(number, &suite.world, mock.address).await;
+            relay = start(&suite.world, mock.address).await;
         }
     }
     verdicts
@@ -217,82 +210,26 @@ impl Request {
     }
 }
 
-/// A relay in a process of its own, killed when dropped.
-struct Relay {
-    address: SocketAddr,
-    _child: Child,
+/// A relay in a process of its own that calls out through `proxy` and remembers nothing.
+async fn start(world: &World, proxy: SocketAddr) -> RelayProcess {
+    let settings = [
+        ("RELAY_EGRESS_PROXY", format!("http://{proxy}")),
+        ("RELAY_EGRESS_EXTRA_CA_FILE", directory().join("keys/ca.crt.pem").display().to_string()),
+        ("RELAY_CYBERSCAN_TIMEOUT", TIMEOUT.to_owned()),
+        ("RELAY_CYBERSCAN_HOSTS", "*".to_owned()),
+        ("RELAY_AUTH_JWKS_HOSTS", world.jwks_hosts().join(",")),
+        ("RELAY_CACHE_FRESH", "0s".to_owned()),
+        ("RELAY_CACHE_STALE_WHILE_REVALIDATE", "0s".to_owned()),
+        ("RELAY_CACHE_STALE_IF_ERROR", "0s".to_owned()),
+        ("RELAY_CACHE_NEGATIVE", "0s".to_owned()),
+    ];
+    RelayProcess::with(settings.map(|(name, value)| (name.to_owned(), value))).await
 }
 
-impl Relay {
-    /// Starts a relay that calls out through `proxy`, and waits until it answers.
-    async fn start(number: usize, world: &World, proxy: SocketAddr) -> Self {
-        let log = log_file(number);
-        let output = || File::options().create(true).append(true).open(&log).expect("a log can be written");
-        let address = free_address().await;
-        let settings = [
-            ("RELAY_LISTEN", address.to_string()),
-            ("RELAY_ADMIN_LISTEN", free_address().await.to_string()),
-            ("RELAY_EGRESS_PROXY", format!("http://{proxy}")),
-            ("RELAY_EGRESS_EXTRA_CA_FILE", directory().join("keys/ca.crt.pem").display().to_string()),
-            ("RELAY_CYBERSCAN_TIMEOUT", TIMEOUT.to_owned()),
-            ("RELAY_CYBERSCAN_HOSTS", "*".to_owned()),
-            ("RELAY_AUTH_JWKS_HOSTS", world.jwks_hosts().join(",")),
-            ("RELAY_LOG_LEVEL", "warn".to_owned()),
-            ("RELAY_CACHE_FRESH", "0s".to_owned()),
-            ("RELAY_CACHE_STALE_WHILE_REVALIDATE", "0s".to_owned()),
-            ("RELAY_CACHE_STALE_IF_ERROR", "0s".to_owned()),
-            ("RELAY_CACHE_NEGATIVE", "0s".to_owned()),
-        ];
-        let mut child = Command::new(env!("CARGO_BIN_EXE_cyberscan-relay"))
-            .arg("serve")
-            .env_clear()
-            .envs(settings)
-            .current_dir(env!("CARGO_TARGET_TMPDIR"))
-            .stdin(Stdio::null())
-            .stdout(output())
-            .stderr(output())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the relay can be started");
-        let up = async {
-            loop {
-                if let Some(status) = child.try_wait().expect("a child can be asked for") {
-                    panic!("the relay ended at its start ({status}); its log: {}", log.display());
-                }
-                match exchange(
-                    address,
-                    "GET",
-                    b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-                )
-                .await
-                {
-                    Ok(answer) if answer.status == 200 => return,
-                    _ => sleep(Duration::from_millis(20)).await,
-                }
-            }
-        };
-        if timeout(START, up).await.is_err() {
-            panic!("the relay did not come up; its log: {}", log.display());
-        }
-        Self { address, _child: child }
-    }
-
-    async fn answer(&self, request: &Request) -> io::Result<Answer> {
-        let bytes = request.bytes();
-        let answer = exchange(self.address, &request.method, &bytes);
-        timeout(PATIENCE, answer).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-    }
-}
-
-/// What the relays of a station write.
-fn log_file(number: usize) -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("golden-relay-{number}.log"))
-}
-
-/// An address nobody listens on just now.
-async fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
-    listener.local_addr().expect("a bound socket has an address")
+async fn answer(relay: &RelayProcess, request: &Request) -> io::Result<Answer> {
+    let bytes = request.bytes();
+    let answer = exchange(relay.address, &request.method, &bytes);
+    timeout(PATIENCE, answer).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// The relay's answer to a request.
