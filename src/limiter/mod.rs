@@ -195,8 +195,9 @@ impl Limiter {
         limited || self.0.shared.is_some()
     }
 
-    /// Waits for a turn in the tenant's queue, unless it would come too late.
+    /// Waits for a turn in the tenant's queue, unless it would come too late for an answer by `deadline`.
     async fn turn(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<Permit, Error> {
+        let deadline = latest(Instant::now(), deadline);
         let granted = {
             let mut queue = lock(&tenant.queue);
             queue.waiting.retain(|waiter| !waiter.granter.is_closed());
@@ -557,6 +558,13 @@ impl Scope {
             lock(&self.untold).clear();
         }
     }
+}
+
+/// Until when it is worth to wait for a call: a tenth of the time, a second at most, is left to CyberScan. A
+/// call granted later would be paid for and then cut off.
+fn latest(now: Instant, deadline: Instant) -> Instant {
+    let left = deadline.saturating_duration_since(now);
+    deadline - (left / 10).min(Duration::from_secs(1))
 }
 
 fn throttled(wait: Duration) -> Error {

@@ -84,6 +84,23 @@ async fn who_could_not_be_served_in_time_is_refused_at_once_with_the_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nobody_is_granted_a_call_that_could_not_be_answered_any_more() {
+    let limiter = limiter(config("10/s", ""));
+    grown(&limiter, &["key"]).await;
+    let latest = |calls: usize| {
+        let limiter = &limiter;
+        async move {
+            let start = Instant::now();
+            let waiting = (0..calls)
+                .map(|_| async { limiter.admit(&call(3 * SECOND)).await.is_ok().then(|| start.elapsed()) });
+            join_all(waiting).await.into_iter().flatten().max().unwrap()
+        }
+    };
+    let waited = latest(60).await;
+    assert!(waited >= 2 * SECOND && waited <= 2700 * SECOND / 1000, "the last one waited {waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_queue_is_bounded_and_a_caller_who_leaves_gives_its_place_back() {
     let limiter = limiter(Config { queue: 10, ..config("10/s", "") });
     grown(&limiter, &["key"]).await;
@@ -317,8 +334,10 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
             let (made, stop) = (Arc::clone(&made), stop.clone());
             TaskTracker::new().spawn(stop.run_until_cancelled_owned(async move {
                 loop {
-                    if replica.admit(&call(2 * SECOND)).await.is_ok() {
-                        made.lock().unwrap().push(Instant::now());
+                    match replica.admit(&call(2 * SECOND)).await {
+                        Ok(_) => made.lock().unwrap().push(Instant::now()),
+                        // Refused at once: without a break nobody else would ever run.
+                        Err(_) => sleep(SECOND / 100).await,
                     }
                 }
             }))
