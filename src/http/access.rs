@@ -2,7 +2,7 @@
 //! in it, and observables only where `log.observables` says so.
 
 use std::sync::{
-    Arc,
+    Arc, LazyLock,
     atomic::{AtomicU64, Ordering},
 };
 
@@ -121,15 +121,13 @@ impl Drop for Entry {
 /// The request's id: that of the proxy in front, if it is a harmless one, or one of our own.
 fn id(headers: &HeaderMap) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
+    static PROCESS: LazyLock<u32> = LazyLock::new(std::process::id);
     let harmless = |id: &&str| {
         let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         (1..=64).contains(&id.len()) && id.bytes().all(fits)
     };
     let given = headers.get("x-request-id").and_then(|value| value.to_str().ok()).filter(harmless);
-    given.map_or_else(
-        || format!("{:x}-{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)),
-        str::to_owned,
-    )
+    given.map_or_else(|| format!("{:x}-{:x}", *PROCESS, NEXT.fetch_add(1, Ordering::Relaxed)), str::to_owned)
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Logs. It owns their form and level and what a panic leaves behind; it must not know what is
 //! logged. Tokens, keys, hosts and observables never are: fields are named one by one.
 
+mod json;
+
 use std::{
     io::{self, Write},
     str::FromStr,
@@ -147,8 +149,7 @@ pub fn init(config: &Config) -> LogLevel {
     let registry = tracing_subscriber::registry().with(filter);
     match config.format {
         LogFormat::Json => {
-            let layer = fmt::layer().json().flatten_event(true).with_current_span(false);
-            registry.with(layer.with_writer(writer)).init();
+            registry.with(fmt::layer().event_format(json::Json).with_writer(writer)).init();
         }
         LogFormat::Text => registry.with(fmt::layer().with_writer(writer)).init(),
     }
