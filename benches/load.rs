@@ -48,7 +48,7 @@ const CONNECTIONS: usize = 16;
 /// Distinct addresses of a miss or L2 round; the fake CyberScan knows 131,072.
 const ADDRESSES: u32 = 20_000;
 /// Observables of the memory case.
-const DISTINCT: u64 = 1_000_000;
+const DISTINCT: u64 = 300_000;
 /// Observables in a large request.
 const MANY: u32 = 25;
 /// An address with seven vulnerabilities.
@@ -248,7 +248,7 @@ impl World {
         let configuration = format!(
             "worker_processes 1; daemon off; pid {place}/nginx.pid; error_log {place}/error.log; user root;
              events {{ worker_connections 256; }}
-             http {{ access_log off; keepalive_requests 1000000000; client_body_temp_path {place}/body;
+             http {{ access_log {place}/access.log combined buffer=64k flush=1s; keepalive_requests 1000000000; client_body_temp_path {place}/body;
                proxy_temp_path {place}/temp; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;
                proxy_cache_path {place}/cache keys_zone=answers:10m;
                server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{};

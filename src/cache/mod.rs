@@ -83,6 +83,8 @@ pub struct Config {
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// What the allocator adds to a text on the heap.
+const BLOCK: usize = 16;
 /// How many failed questions are remembered.
 const FAILURES: u64 = 10_000;
 /// How many tenants are remembered as accepted.
@@ -152,7 +154,7 @@ trait Kind: Serialize + DeserializeOwned + Send + Sync + Sized + 'static {
     fn address(&self) -> Option<IpAddr> {
         None
     }
-    /// Bytes in memory, roughly.
+    /// Bytes in memory, with what the allocator adds.
     fn weight(&self) -> usize;
     fn ask<P: CyberScan>(
         next: &P,
@@ -178,7 +180,7 @@ impl Kind for DomainRecord {
     }
 
     fn weight(&self) -> usize {
-        size_of::<Self>() + self.details_page.as_ref().map_or(0, String::capacity)
+        size_of::<Self>() + self.details_page.as_ref().map_or(0, |page| page.capacity() + BLOCK)
     }
 
     fn ask<P: CyberScan>(
@@ -203,7 +205,7 @@ impl Kind for HostRecord {
     }
 
     fn weight(&self) -> usize {
-        size_of::<Self>() + self.details_page.as_ref().map_or(0, String::capacity)
+        size_of::<Self>() + self.details_page.as_ref().map_or(0, |page| page.capacity() + BLOCK)
     }
 
     fn ask<P: CyberScan>(
@@ -228,10 +230,11 @@ impl Kind for Vulnerabilities {
     }
 
     fn weight(&self) -> usize {
-        let text = |text: &Option<String>| text.as_ref().map_or(0, String::capacity);
+        let string = |text: &String| size_of::<String>() + text.capacity() + BLOCK;
+        let text = |text: &Option<String>| text.as_ref().map_or(0, string);
         let finding = |finding: &crate::cyberscan::Finding| {
-            let cells = finding.table.iter().map(|(name, value)| name.capacity() + value.capacity() + 48);
-            let cves = finding.cves.iter().map(|cve| cve.capacity() + 24);
+            let cells = finding.table.iter().map(|(name, value)| string(name) + string(value));
+            let cves = finding.cves.iter().map(string);
             size_of_val(finding)
                 + cells.sum::<usize>()
                 + cves.sum::<usize>()

@@ -315,6 +315,12 @@ impl FakeCyberScan {
         self.state(|state| state.calls.iter().filter(|it| it.call == call && it.value == value).count())
     }
 
+    /// The access tokens issued since the start or [`invalidate_tokens`](Self::invalidate_tokens).
+    #[must_use]
+    pub fn access_tokens(&self) -> Vec<String> {
+        self.state(|state| state.tokens.keys().cloned().collect())
+    }
+
     /// How many TCP connections were accepted.
     #[must_use]
     pub fn connections(&self) -> u64 {

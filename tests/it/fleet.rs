@@ -2,10 +2,11 @@
 //! them.
 
 use std::{
+    fmt::Write as _,
     net::SocketAddr,
     process::Stdio,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -149,6 +150,8 @@ impl Load {
 /// The binary, serving.
 pub(crate) struct RelayProcess {
     pub(crate) address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    log: Arc<Mutex<String>>,
     child: Child,
     _ca: Option<tempfile::NamedTempFile>,
 }
@@ -171,17 +174,31 @@ impl RelayProcess {
         command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0").envs(settings);
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let address = loop {
+        let log = Arc::<Mutex<String>>::default();
+        let note = {
+            let log = Arc::clone(&log);
+            move |line: &str| writeln!(log.lock().unwrap(), "{line}").unwrap()
+        };
+        let (address, admin) = loop {
             let line = timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap();
             let line = line.expect("the relay ended at its start; it says why above");
+            note(&line);
             let line: Value = serde_json::from_str(&line).unwrap();
-            if let Some(address) = line["listen"].as_str() {
-                break address.parse().unwrap();
+            if let (Some(address), Some(admin)) = (line["listen"].as_str(), line["admin"].as_str()) {
+                break (address.parse().unwrap(), admin.parse().unwrap());
             }
         };
-        // Read on, or the relay would wait for its log to be read.
-        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self { address, child, _ca: None }
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                note(&line);
+            }
+        });
+        Self { address, admin, log, child, _ca: None }
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     /// As many as `count` on one sandbox, ready and acquainted with each other.

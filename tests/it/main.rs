@@ -17,6 +17,7 @@ mod simulation;
 
 mod admin;
 mod attacks;
+mod canary;
 mod command_line;
 mod enrichment;
 mod golden;
