@@ -48,7 +48,7 @@ const CONNECTIONS: usize = 16;
 /// Distinct addresses of a miss or L2 round; the fake CyberScan knows 131,072.
 const ADDRESSES: u32 = 20_000;
 /// Observables of the memory case.
-const DISTINCT: u64 = 300_000;
+const DISTINCT: u64 = 1_000_000;
 /// Observables in a large request.
 const MANY: u32 = 25;
 /// An address with seven vulnerabilities.
