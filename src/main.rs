@@ -11,7 +11,9 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
-    app, demo, probe, settings,
+    app, demo,
+    hardening::{self, Hardened},
+    probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
 };
@@ -112,8 +114,10 @@ struct What {
 }
 
 fn main() -> ExitCode {
+    // Before anything else: the environment may hold secrets already.
+    let hardened = hardening::harden();
     let CommandLine { command, configuration } = CommandLine::parse();
-    match run(command.unwrap_or(Command::Serve), &configuration) {
+    match run(command.unwrap_or(Command::Serve), &configuration, &hardened) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "cyberscan-relay: {error:#}");
@@ -122,15 +126,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
+fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let settings = || Settings::load(configuration.config.as_deref(), settings::environment());
     match command {
         Command::Serve => {
-            let settings = settings()?;
+            let mut settings = settings()?;
             let log = telemetry::init(&settings.log);
+            hardened.tell();
+            let connections = &mut settings.http.connections.max_connections;
+            *connections = hardened.connections(*connections);
             let served = runtime.block_on(serve(settings, log.clone()));
-            log.write_out();
+            log.drain();
             served
         }
         Command::Demo { once, listen } => runtime.block_on(async {

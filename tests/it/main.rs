@@ -19,6 +19,7 @@ mod admin;
 mod attacks;
 mod command_line;
 mod enrichment;
+mod faults;
 mod golden;
 mod limits;
 mod prefetch;
