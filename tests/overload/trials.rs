@@ -353,7 +353,11 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
     let quarter = usize::try_from(files / 4).unwrap();
 
     let sandbox = Sandbox::start(Options::default()).await.unwrap();
-    let settings = [("RELAY_SERVER_HEADER_TIMEOUT", "4s"), ("RELAY_SERVER_BODY_TIMEOUT", "4s")];
+    let settings = [
+        ("RELAY_SERVER_HEADER_TIMEOUT", "4s"),
+        ("RELAY_SERVER_BODY_TIMEOUT", "4s"),
+        ("RELAY_SERVER_IDLE_TIMEOUT", "20s"),
+    ];
     let relay = RelayProcess::start(&sandbox, &settings).await;
     let token_of = |key: &str| {
         sandbox.cyberscan.accept_key(key);
@@ -362,7 +366,7 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
         sandbox.issuer.mint(&claims)
     };
     let (good, half, reader) = (sandbox.token(AUDIENCE), token_of("half"), token_of("reader"));
-    // An answer that fits into no socket's buffers.
+    // Answers of which one fits into a socket's buffers and sixteen do not.
     let finding = |number: usize| {
         json!({"name": format!("{number}"), "family": "General", "description": "x".repeat(2000),
             "severity": "Low", "port": 443, "protocol": "tcp", "cve": "", "cvss": 1.0, "confidence": 80})
@@ -379,10 +383,11 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
     };
     let large = list(&[("ip", "192.0.2.1")]);
     let kinds = [
-        ("slow readers", head(&reader, large.len()) + &large, false),
-        ("half a body", head(&half, 100) + "[{", true),
-        ("half a head", "POST /observe/observables HTTP/1.1\r\nHost: rel".to_owned(), true),
-        ("silent", String::new(), true),
+        ("do not read much", (head(&reader, large.len()) + &large).repeat(16), quarter / 10, false),
+        ("do not read", head(&reader, large.len()) + &large, quarter - quarter / 10, false),
+        ("half a body", head(&half, 100) + "[{", quarter, true),
+        ("half a head", "POST /observe/observables HTTP/1.1\r\nHost: rel".to_owned(), quarter, true),
+        ("silent", String::new(), quarter, true),
     ];
     ask(relay.address, &reader, &[("ip", "192.0.2.1")]).await.unwrap();
     let relays = [relay.address];
@@ -394,13 +399,13 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
     let until = CancellationToken::new();
     let mut clients = Vec::new();
     let arriving = async {
-        for (_, beginning, read) in &kinds {
+        for (_, beginning, count, read) in &kinds {
             let mut these = JoinSet::new();
-            for number in 0..quarter {
+            for number in 0..*count {
                 these.spawn(slow_client(relay.address, beginning.clone(), *read, until.clone()));
                 // A listener has a queue, and good clients stand in it, too.
                 if number % 50 == 49 {
-                    sleep(Duration::from_millis(20)).await;
+                    sleep(Duration::from_millis(50)).await;
                 }
             }
             clients.push(these);
@@ -415,7 +420,7 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
         }
         (most, gone)
     };
-    let asking = stream_about(50, &relays, &good, 18, 20, Duration::from_secs(36));
+    let asking = stream_about(50, &relays, &good, 18, 20, Duration::from_secs(38));
     let (beside, (most, gone)) = tokio::join!(asking, arriving);
     until.cancel();
 
@@ -427,15 +432,16 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
     );
     let failed: Vec<&String> = alone.iter().chain(&beside).filter_map(|asked| asked.error.as_ref()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), beside.len(), failed[0]);
-    assert!(beside_p99 < Duration::from_secs(1), "{beside_p99:?}");
+    // A connection that finds the queue of the listener full is tried again after one and three seconds.
+    assert!(beside_p99 < Duration::from_secs(4), "{beside_p99:?}");
     assert!(most > 2.0 * quarter as f64, "{most} connections: nobody was slow");
     assert!(gone < Duration::from_secs(40), "{gone:?}");
-    for (these, (kind, _, read)) in clients.into_iter().zip(kinds) {
+    for (these, (kind, _, count, read)) in clients.into_iter().zip(kinds) {
         let stays: Vec<Duration> = these.join_all().await.into_iter().flatten().collect();
         let longest = stays.iter().max().copied().unwrap_or_default();
         eprintln!("{kind}: {} were closed, the last after {longest:?}", stays.len());
         // Five seconds more for those who were answered: so long they may go on sending.
-        assert_eq!(stays.len(), if read { quarter } else { 0 }, "{kind}");
+        assert_eq!(stays.len(), if read { count } else { 0 }, "{kind}");
         assert!(longest < Duration::from_secs(14), "{kind}: {longest:?}");
     }
 }
