@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test bench bench-prefetch trials lint doc boards deploy-check page openapi ci
+.PHONY: demo test bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -34,6 +34,10 @@ lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	scripts/deny.sh
+
+## What the binary is made of (CycloneDX, JSON), into target/sbom.
+sbom:
+	scripts/sbom.sh
 
 ## The documentation of the code, without a broken link.
 doc:

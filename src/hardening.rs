@@ -23,17 +23,23 @@ pub struct Hardened {
 #[must_use]
 pub fn harden() -> Hardened {
     let mut refused = Vec::new();
-    let mut ask = |what, outcome: rustix::io::Result<()>| {
+    let mut note = |what, outcome: rustix::io::Result<()>| {
         if let Err(error) = outcome {
             refused.push((what, error.into()));
         }
     };
-    ask("no core dumps", setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }));
+    // Where a service manager has done it already, asking might be what is forbidden.
+    let mut limit = |what, resource, wanted: Rlimit| {
+        if getrlimit(resource) != wanted {
+            note(what, setrlimit(resource, wanted));
+        }
+    };
+    limit("no core dumps", Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let files = getrlimit(Resource::Nofile);
+    limit("more open files", Resource::Nofile, Rlimit { current: files.maximum, ..files });
     // Also /proc/<pid>/environ and mem are root's from now on, and no debugger of the same user attaches.
     #[cfg(target_os = "linux")]
-    ask("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable));
-    let files = getrlimit(Resource::Nofile);
-    ask("more open files", setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files }));
+    note("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable));
     Hardened { refused, files: getrlimit(Resource::Nofile).current }
 }
 

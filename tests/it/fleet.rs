@@ -93,6 +93,8 @@ pub(crate) struct Load {
     stop: CancellationToken,
     callers: JoinSet<Vec<Failure>>,
     answers: Arc<AtomicU32>,
+    /// How long each answer took.
+    times: Arc<Mutex<Vec<Duration>>>,
 }
 
 /// A question that was not answered in full.
@@ -112,15 +114,19 @@ impl Load {
     /// Two callers for each of these.
     pub(crate) fn at(relays: &[SocketAddr], token: &str) -> Self {
         let (stop, answers) = (CancellationToken::new(), Arc::<AtomicU32>::default());
-        let mut callers = JoinSet::new();
+        let (mut callers, times) = (JoinSet::new(), Arc::<Mutex<Vec<Duration>>>::default());
         for relay in relays.iter().cycle().take(2 * relays.len()).copied() {
             let (token, stop, answers) = (token.to_owned(), stop.clone(), Arc::clone(&answers));
+            let times = Arc::clone(&times);
             callers.spawn(async move {
                 let mut failures = Vec::new();
                 while !stop.is_cancelled() {
                     let ip = fresh_ip();
                     let asked = [("ip", "203.0.113.10"), ("domain", "mail.example"), ("ip", ip.as_str())];
-                    match ask(relay, &token, &asked).await {
+                    let at = Instant::now();
+                    let answer = ask(relay, &token, &asked).await;
+                    times.lock().unwrap().push(at.elapsed());
+                    match answer {
                         Ok(answer)
                             if answer.get("errors").is_none()
                                 && seen(&answer) == asked.map(|(_, value)| value) =>
@@ -135,7 +141,7 @@ impl Load {
                 failures
             });
         }
-        Self { stop, callers, answers }
+        Self { stop, callers, answers, times }
     }
 
     /// Answers so far.
@@ -159,7 +165,13 @@ impl Load {
 
     /// Ends it; every answer must have been whole.
     pub(crate) async fn end_without_a_failure(self) {
+        let mut times = self.times.lock().unwrap().clone();
+        times.sort_unstable();
+        let (half, last) = (times[times.len() / 2], times[times.len() - 1]);
+        let p99 = times[times.len() * 99 / 100];
         let failures = self.end().await;
+        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        eprintln!("{test}: {} answers in {half:?} (median), {p99:?} (p99), {last:?} (most)", times.len());
         assert!(failures.is_empty(), "{} failed, e.g. {:?}", failures.len(), failures[0]);
     }
 }
