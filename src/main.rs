@@ -13,6 +13,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
     app, demo,
     hardening::{self, Hardened},
+    http::server,
     probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
@@ -21,10 +22,7 @@ use http::Request;
 use http_body_util::Full;
 use secrecy::ExposeSecret;
 use serde_json::json;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// The relay between Cisco SecureX/XDR and CyberScan.
@@ -170,12 +168,12 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
 
 async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signals()?;
-    let bind = async |key: &str, address: SocketAddr| {
-        TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))
+    let listen = |key: &str, address: SocketAddr| {
+        server::listen(address).with_context(|| format!("{key}: cannot listen on {address}"))
     };
-    let listener = bind("listen", settings.listen).await?;
+    let listener = listen("listen", settings.listen)?;
     let admin = match settings.admin_listen {
-        Some(address) => Some((bind("admin.listen", address).await?, log)),
+        Some(address) => Some((listen("admin.listen", address)?, log)),
         None => None,
     };
     app::run(settings, listener, admin, shutdown).await
