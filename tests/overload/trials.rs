@@ -432,8 +432,8 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
     );
     let failed: Vec<&String> = alone.iter().chain(&beside).filter_map(|asked| asked.error.as_ref()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), beside.len(), failed[0]);
-    // A connection that finds the queue of the listener full is tried again after a second.
-    assert!(beside_p99 < Duration::from_secs(1), "{beside_p99:?}");
+    // A connection that finds the queue of the listener full is tried again after one second and after three.
+    assert!(beside_p99 < Duration::from_secs(3), "{beside_p99:?}");
     assert!(most > 2.0 * quarter as f64, "{most} connections: nobody was slow");
     assert!(gone < Duration::from_secs(40), "{gone:?}");
     for (these, (kind, _, count, read)) in clients.into_iter().zip(kinds) {
