@@ -12,6 +12,7 @@ demo:
 ## Run all tests.
 test:
 	scripts/need-redis.sh
+	scripts/need.sh openssl openssl
 	$(CARGO) test --locked --quiet
 
 ## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
