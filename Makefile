@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test bench bench-prefetch trials lint doc boards deploy-check page openapi ci
+.PHONY: demo test bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -12,6 +12,7 @@ demo:
 ## Run all tests.
 test:
 	scripts/need-redis.sh
+	scripts/need.sh openssl openssl
 	$(CARGO) test --locked --quiet
 
 ## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
@@ -34,6 +35,10 @@ lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	scripts/deny.sh
+
+## What the binary is made of (CycloneDX, JSON), into target/sbom.
+sbom:
+	scripts/sbom.sh
 
 ## The documentation of the code, without a broken link.
 doc:

@@ -11,6 +11,7 @@ if ! [ -x "$deny" ]; then
     cargo install cargo-deny --version "$version" --locked --debug --root "$root" --quiet
 fi
 "$deny" --log-level error check bans licenses sources
+scripts/deny-test.sh "$deny"
 if timeout 60 "$deny" --log-level error fetch db 2>/dev/null; then
     "$deny" --log-level error check advisories
 else

@@ -20,6 +20,7 @@ pub mod enrich;
 pub mod http;
 pub mod sandbox;
 pub mod telemetry;
+pub mod hardening;
 pub mod settings;
 pub mod admin;
 pub mod app;

@@ -11,7 +11,10 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
-    app, demo, probe, settings,
+    app, demo,
+    hardening::{self, Hardened},
+    http::server,
+    probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
 };
@@ -19,10 +22,7 @@ use http::Request;
 use http_body_util::Full;
 use secrecy::ExposeSecret;
 use serde_json::json;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// The relay between Cisco SecureX/XDR and CyberScan.
@@ -112,8 +112,10 @@ struct What {
 }
 
 fn main() -> ExitCode {
+    // Before anything else: the environment may hold secrets already.
+    let hardened = hardening::harden();
     let CommandLine { command, configuration } = CommandLine::parse();
-    match run(command.unwrap_or(Command::Serve), &configuration) {
+    match run(command.unwrap_or(Command::Serve), &configuration, &hardened) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "cyberscan-relay: {error:#}");
@@ -122,15 +124,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
+fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let settings = || Settings::load(configuration.config.as_deref(), settings::environment());
     match command {
         Command::Serve => {
-            let settings = settings()?;
+            let mut settings = settings()?;
             let log = telemetry::init(&settings.log);
+            hardened.tell();
+            let connections = &mut settings.http.connections.max_connections;
+            *connections = hardened.connections(*connections);
             let served = runtime.block_on(serve(settings, log.clone()));
-            log.write_out();
+            log.drain();
             served
         }
         Command::Demo { once, listen } => runtime.block_on(async {
@@ -163,12 +168,12 @@ fn run(command: Command, configuration: &Configuration) -> anyhow::Result<()> {
 
 async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signals()?;
-    let bind = async |key: &str, address: SocketAddr| {
-        TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))
+    let listen = |key: &str, address: SocketAddr| {
+        server::listen(address).with_context(|| format!("{key}: cannot listen on {address}"))
     };
-    let listener = bind("listen", settings.listen).await?;
+    let listener = listen("listen", settings.listen)?;
     let admin = match settings.admin_listen {
-        Some(address) => Some((bind("admin.listen", address).await?, log)),
+        Some(address) => Some((listen("admin.listen", address)?, log)),
         None => None,
     };
     app::run(settings, listener, admin, shutdown).await

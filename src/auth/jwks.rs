@@ -212,6 +212,11 @@ impl Shared {
         let issuer = self.issuers.get(name).ok_or(Unavailable)?;
         let document = (self.download)(&issuer.address).await;
         let keys = document.and_then(|body| import(&body).ok_or_else(|| "not a key set".to_owned()));
+        // An issuer that publishes no key at all has a fault: nobody could log in there any more.
+        let keys = keys.and_then(|keys| match issuer.set.load().as_ref() {
+            Some(set) if keys.is_empty() && !set.keys.is_empty() => Err("a key set without keys".to_owned()),
+            _ => Ok(keys),
+        });
         let mut fetches = issuer.fetches();
         let outcome = if keys.is_ok() { Success::Ok } else { Success::Failed };
         self.metrics.jwks_refresh.inc((outcome,));

@@ -590,14 +590,14 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         }
     }
 
-    /// Takes a value from Redis into memory; its age counts from when CyberScan was asked.
+    /// Takes a value from Redis into memory; its age counts from when CyberScan was asked. One that is of no use is
+    /// no look-up's outcome yet: whoever asks CyberScan in its stead counts the miss.
     fn adopt<K: Kind>(&self, key: &Key, value: &[u8]) -> Option<Kept> {
         let shared = self.0.shared.as_ref()?;
         let entry = match self.0.codec.decode::<K>(&binding(key), value) {
             Ok(entry) => entry,
             Err(reason) => {
                 self.0.metrics.cache_rejected.inc((reason,));
-                self.count::<K>(Tier::Redis, Outcome::Miss);
                 return None;
             }
         };
@@ -607,10 +607,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             true => outcome(freshness, entry.lifetime.negative),
             false => Outcome::Miss,
         };
-        self.count::<K>(Tier::Redis, outcome);
         if outcome == Outcome::Miss {
             return None;
         }
+        self.count::<K>(Tier::Redis, outcome);
         let now = Instant::now();
         Some(self.keep(key, &entry, now.checked_sub(age).unwrap_or(now)))
     }

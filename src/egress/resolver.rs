@@ -4,10 +4,10 @@
 //! The connector connects to exactly the addresses handed out here, so there is no second look-up
 //! that an attacker could answer differently (DNS rebinding).
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use tokio::time::timeout;
+use tokio::{net::lookup_host, time::timeout};
 
 use super::AddressGuard;
 
@@ -35,18 +35,27 @@ impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let this = self.clone();
         Box::pin(async move {
-            let exempt = match &this.proxy {
-                Some(proxy) if proxy.eq_ignore_ascii_case(name.as_str()) => true,
-                Some(_) => return Err(refused().into()),
-                None => false,
-            };
-            let found = timeout(LOOK_UP, tokio::net::lookup_host((name.as_str(), 0)))
-                .await
-                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-            let addresses: Vec<SocketAddr> = found.collect();
-            let addresses = if exempt { addresses } else { checked(&this.guard, addresses)? };
-            Ok(Box::new(addresses.into_iter()) as Addrs)
+            let look_up = async { Ok(lookup_host((name.as_str(), 0)).await?.collect()) };
+            Ok(Box::new(this.addresses(name.as_str(), look_up).await?.into_iter()) as Addrs)
         })
+    }
+}
+
+impl GuardedResolver {
+    /// The addresses of `name` as `look_up` finds them, if they may be connected to.
+    async fn addresses(
+        &self,
+        name: &str,
+        look_up: impl Future<Output = io::Result<Vec<SocketAddr>>>,
+    ) -> io::Result<Vec<SocketAddr>> {
+        let exempt = match &self.proxy {
+            Some(proxy) if proxy.eq_ignore_ascii_case(name) => true,
+            Some(_) => return Err(refused()),
+            None => false,
+        };
+        let found =
+            timeout(LOOK_UP, look_up).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        if exempt { Ok(found) } else { checked(&self.guard, found) }
     }
 }
 
@@ -83,6 +92,25 @@ mod tests {
     async fn a_name_that_resolves_to_loopback_is_refused() {
         let resolver = GuardedResolver::new(Arc::default(), None);
         assert!(resolver.resolve("localhost".parse().unwrap()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_public_and_private_in_turns_never_leads_to_a_private_address() {
+        let resolver = GuardedResolver::new(Arc::default(), None);
+        let [public, private] = ["1.1.1.1:0", "169.254.169.254:0"].map(|ip| ip.parse().unwrap());
+        for number in 0..1000 {
+            let found = if number % 2 == 0 { public } else { private };
+            let allowed = resolver.addresses("rebinding.test", async { Ok(vec![found]) }).await;
+            assert_eq!(allowed.ok(), (found == public).then(|| vec![public]));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_up_that_does_not_end_has_failed() {
+        let resolver = GuardedResolver::new(Arc::default(), None);
+        let started = tokio::time::Instant::now();
+        let error = resolver.addresses("slow.test", std::future::pending()).await.unwrap_err();
+        assert_eq!((error.kind(), started.elapsed()), (io::ErrorKind::TimedOut, LOOK_UP));
     }
 
     #[tokio::test]

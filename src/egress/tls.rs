@@ -4,7 +4,8 @@
 use std::{error::Error, path::Path, sync::Arc};
 
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
+    SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -75,7 +76,7 @@ fn builder(
 pub struct Untrusted(pub String);
 
 impl Untrusted {
-    /// The reason within `error` or one of its sources, if a certificate was the cause.
+    /// The reason within `error` or one of its sources, if a certificate or the protocol was the cause.
     #[must_use]
     pub fn find(error: &(dyn Error + 'static)) -> Option<Self> {
         let mut next = Some(error);
@@ -86,14 +87,29 @@ impl Untrusted {
             {
                 return Some(found);
             }
-            if let Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(reason)))) =
-                error.downcast_ref::<rustls::Error>()
-            {
-                return reason.downcast_ref::<Self>().cloned();
+            if let Some(error) = error.downcast_ref::<rustls::Error>() {
+                return Self::reason(error);
             }
             next = error.source();
         }
         None
+    }
+
+    fn reason(error: &rustls::Error) -> Option<Self> {
+        let reason = match error {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(reason))) => {
+                return reason.downcast_ref::<Self>().cloned();
+            }
+            // The chain was accepted. What the server signed with its key was not; aws-lc takes no RSA key below
+            // 2048 bits.
+            rustls::Error::InvalidCertificate(_) => "certificate key too weak, or its signature wrong",
+            rustls::Error::PeerIncompatible(_)
+            | rustls::Error::AlertReceived(
+                AlertDescription::ProtocolVersion | AlertDescription::HandshakeFailure,
+            ) => "unsupported protocol, TLS 1.2 or 1.3 is needed",
+            _ => return None,
+        };
+        Some(Self(reason.into()))
     }
 }
 
@@ -160,7 +176,14 @@ fn explain(
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             "certificate is not yet valid".into()
         }
-        CertificateError::UnknownIssuer if signs_itself(end_entity) => "self-signed certificate".into(),
+        // The latter where a root happens to have the certificate's own name.
+        CertificateError::UnknownIssuer
+        | CertificateError::BadSignature
+        | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+            if signs_itself(end_entity) =>
+        {
+            "self-signed certificate".into()
+        }
         CertificateError::UnknownIssuer if intermediates.iter().any(signs_itself) => {
             "self-signed certificate in certificate chain".into()
         }
@@ -178,6 +201,10 @@ fn explain(
         CertificateError::BadSignature => "certificate signature failure".into(),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "unsuitable certificate purpose".into()
+        }
+        CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+        | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            "certificate signature algorithm not supported".into()
         }
         CertificateError::BadEncoding => "certificate cannot be decoded".into(),
         other => other.to_string(),

@@ -36,7 +36,7 @@ use crate::{
 };
 use access::{Account, Entry};
 use body::Limits;
-use bulkhead::{Bulkhead, Place};
+use bulkhead::{Bulkhead, Place, TenantPlace};
 use server::Peer;
 
 /// Settings `server.*`.
@@ -126,15 +126,22 @@ impl<P: CyberScan> Relay<P> {
         Ok(self.authenticator.authorize(credentials).await?)
     }
 
-    /// Who asks and what: a request that is not authorized never has its body read.
+    /// Who asks and what: a request that is not authorized never has its body read. The place becomes one of the
+    /// tenant's before that, so that bodies which come slowly leave other tenants room; who has no tenant to be
+    /// asked about keeps none.
     async fn admit(
         &self,
         headers: &HeaderMap,
         peer: Option<Peer>,
         body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-    ) -> Result<(Authorized, Bytes), ErrorItem> {
+    ) -> Result<(Authorized, Option<TenantPlace>, Bytes), ErrorItem> {
+        let place = self.place()?;
         let authorized = self.authorize(headers, peer).await?;
-        Ok((authorized, body::read(headers, body, self.limits).await?))
+        let place = match &authorized.tenant {
+            Ok(tenant) => Some(place.of(tenant.id()).ok_or_else(error_reply::busy)?),
+            Err(_) => None,
+        };
+        Ok((authorized, place, body::read(headers, body, self.limits).await?))
     }
 }
 
@@ -254,4 +261,123 @@ async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
         }
         None => error_reply::http_error(StatusCode::NOT_FOUND, None),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::IpAddr, num::NonZeroUsize};
+
+    use futures_util::future::join_all;
+    use http_body_util::Full;
+    use serde_json::{Value, json};
+    use tokio::{net::TcpListener, time::Instant};
+    use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+    use super::*;
+    use crate::{
+        auth,
+        ctim::{DomainName, sighting::Tlp},
+        cyberscan::{Answer, Call, DomainRecord, Error, HostRecord, Record, Vulnerabilities},
+        egress, enrich, probe,
+        sandbox::{self, Sandbox},
+    };
+
+    const AUDIENCE: &str = "https://relay.test";
+
+    /// A stage with a bug: it panics at addresses that end in 0.
+    struct Shaky;
+
+    impl CyberScan for Shaky {
+        async fn authenticate(&self, _: &Call) -> Result<Instant, Error> {
+            Ok(Instant::now())
+        }
+
+        async fn domain(&self, _: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+            panic!("on purpose")
+        }
+
+        async fn host(&self, _: &Call, _: IpAddr) -> Result<Answer<HostRecord>, Error> {
+            panic!("on purpose")
+        }
+
+        async fn vulnerabilities(&self, _: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+            assert!(!ip.to_string().ends_with(".0"), "on purpose");
+            let record = Record::Known(Arc::new(Vulnerabilities(Vec::new())));
+            Ok(Answer { record, asked_at: jiff::Timestamp::UNIX_EPOCH, stale: None })
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_handler_that_panics_costs_its_own_answer_and_no_other() {
+        let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
+        let ca = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+        let egress = egress::Config {
+            allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+            extra_ca_file: Some(ca.path().to_owned()),
+            proxy: None,
+            connect_timeout: Duration::from_secs(2),
+        };
+        let auth = auth::Config {
+            audiences: vec![AUDIENCE.into()],
+            jwks_hosts: vec![sandbox.issuer.host().parse().unwrap()],
+            require_exp: false,
+            trusted_proxies: Vec::new(),
+        };
+        let (clock, metrics, tasks) = (Clock::system(), Metrics::new(), TaskTracker::new());
+        let hosts = std::iter::once(sandbox.cyberscan.host().parse().unwrap()).collect();
+        let http = egress::Http::new(&egress).unwrap();
+        let authenticator = Authenticator::new(auth, hosts, http, clock, metrics.clone(), tasks.clone());
+        let enrich = enrich::Config {
+            deadline: Duration::from_secs(20),
+            concurrency: NonZeroUsize::MIN,
+            tlp: Tlp::Amber,
+            rendered_memory: 1 << 20,
+        };
+        let config = Config {
+            connections: server::Config {
+                max_connections: NonZeroUsize::new(100).unwrap(),
+                header_timeout: Duration::from_secs(10),
+                idle_timeout: Duration::from_secs(75),
+                shutdown_timeout: Duration::from_secs(20),
+            },
+            body_limit: 1 << 20,
+            body_timeout: Duration::from_secs(10),
+            max_in_flight: 100,
+            log_observables: false,
+        };
+        let relay = Relay::new(authenticator, Enricher::new(Shaky, enrich), clock, &config, metrics.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let serving =
+            server::serve(listener, service(&relay), config.connections, metrics.clone(), shutdown.clone());
+        tasks.spawn(serving);
+
+        let token = sandbox.token(AUDIENCE);
+        let ask = async |ip: String| {
+            let request = Request::post("/observe/observables")
+                .header("host", "relay.test")
+                .header("authorization", format!("Bearer {token}"))
+                .body(Full::from(Bytes::from(json!([{"type": "ip", "value": ip}]).to_string())));
+            let answer = probe::call(address, request.unwrap()).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::OK);
+            serde_json::from_slice::<Value>(answer.body()).unwrap()
+        };
+        for net in 0..20 {
+            let answers = join_all((0..50).map(|host| ask(format!("198.18.{net}.{}", host * 5 % 250)))).await;
+            for (host, answer) in answers.iter().enumerate() {
+                let expected = match host {
+                    0 => json!({"errors": [
+                        {"type": "fatal", "code": "internal error", "message": "Something went wrong."}
+                    ]}),
+                    _ => json!({"data": {}}),
+                };
+                assert_eq!(*answer, expected, "198.18.{net}.{}", host * 5);
+            }
+        }
+        assert_eq!(metrics.panics.get(()), 20);
+        assert_eq!(metrics.requests_in_flight.get(()), 0);
+        shutdown.cancel();
+    }
 }

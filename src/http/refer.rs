@@ -36,16 +36,14 @@ async fn references<P: CyberScan>(
     peer: Option<Peer>,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
 ) -> Result<(Asked, Findings<Reference>), ErrorItem> {
-    let place = relay.place()?;
     let due = relay.enricher.due();
-    let (authorized, body) = relay.admit(headers, peer, body).await?;
+    let (authorized, _place, body) = relay.admit(headers, peer, body).await?;
     let observables = observables::parse(&body)?;
     if observables.is_empty() {
         return Ok((Asked { observables, tenant: None }, Findings::default()));
     }
     let who = authorized.tenant?;
     let tenant = Some(who.label());
-    let _place = place.of(who.id()).ok_or_else(error_reply::busy)?;
     let findings = relay.enricher.refer(who, &observables, due).await;
     Ok((Asked { observables, tenant }, findings))
 }

@@ -34,7 +34,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Notify,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -52,6 +52,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const WRITE_STEP: usize = 16 * 1024;
 /// How long a peer may go on sending after it was answered and the answer was the last.
 const LINGER: Duration = Duration::from_secs(5);
+/// Connections that may wait to be accepted; the kernel makes less of it where it is told to. With the usual 128 a
+/// storm lets others wait a second, until their kernel tries again.
+const BACKLOG: u32 = 4096;
 /// The first pause after an accept error that the next accept would meet as well.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// The longest pause, and the shortest time between two log lines about it.
@@ -74,6 +77,18 @@ pub struct Config {
 /// The address at the other end of the connection, in every request's extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer(pub SocketAddr);
+
+/// Listens on `address`, with a queue that a storm of connections does not fill.
+///
+/// # Errors
+/// When the address is taken or not ours.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A relay that is started again must not wait for the connections of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Serves until `shutdown` is cancelled, then drains: stops accepting, closes connections that wait
 /// for a request, and lets those in flight end for at most [`Config::shutdown_timeout`], after which

@@ -6,7 +6,7 @@ mod json;
 use std::{
     io::{self, Write},
     str::FromStr,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -67,11 +67,20 @@ impl FromStr for Level {
 const WAITING: usize = 1 << 20;
 /// How long a line waits for others, so that a busy relay writes many at once.
 const GATHER: Duration = Duration::from_millis(10);
+/// How long the end of the process waits for its last lines.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Standard output, written by a thread of its own: no request waits for whoever reads the log, and one that
 /// is not read at all costs its lines and nothing else.
 #[derive(Clone, Default)]
-struct Output(Arc<(Mutex<Vec<u8>>, Condvar)>);
+struct Output(Arc<(Mutex<Waiting>, Condvar)>);
+
+#[derive(Default)]
+struct Waiting {
+    lines: Vec<u8>,
+    /// The thread is about to write some.
+    writing: bool,
+}
 
 impl Output {
     fn start() -> Self {
@@ -79,35 +88,51 @@ impl Output {
         let writing = this.clone();
         std::thread::spawn(move || {
             loop {
-                {
-                    let (lines, filled) = &*writing.0;
-                    let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-                    drop(filled.wait_while(lines, |lines| lines.is_empty()));
-                }
+                drop(writing.changed().wait_while(writing.waiting(), |waiting| waiting.lines.is_empty()));
                 std::thread::sleep(GATHER);
-                writing.write_out();
+                writing.write();
             }
         });
         this
     }
 
-    /// Writes what waits.
-    fn write_out(&self) {
+    /// Writes what waits. A disk that is full or a reader that is gone costs the lines.
+    fn write(&self) {
+        let lines = {
+            let mut waiting = self.waiting();
+            waiting.writing = true;
+            std::mem::take(&mut waiting.lines)
+        };
         let mut out = io::stdout().lock();
-        let lines = std::mem::take(&mut *self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
         let _ = out.write_all(&lines).and_then(|()| out.flush());
+        self.waiting().writing = false;
+        self.changed().notify_all();
+    }
+
+    /// Waits until everything is written, but not for ever: whoever reads the log may have stopped reading.
+    fn drain(&self) {
+        let unwritten = |waiting: &mut Waiting| waiting.writing || !waiting.lines.is_empty();
+        drop(self.changed().wait_timeout_while(self.waiting(), LAST_LINES, unwritten));
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lines came, or were written.
+    fn changed(&self) -> &Condvar {
+        &self.0.1
     }
 }
 
 impl io::Write for Output {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let (lines, filled) = &*self.0;
-        let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() + line.len() <= WAITING {
-            if lines.is_empty() {
-                filled.notify_one();
+        let mut waiting = self.waiting();
+        if waiting.lines.len() + line.len() <= WAITING {
+            if waiting.lines.is_empty() {
+                self.changed().notify_all();
             }
-            lines.extend_from_slice(line);
+            waiting.lines.extend_from_slice(line);
         }
         Ok(line.len())
     }
@@ -128,10 +153,10 @@ impl LogLevel {
         self.0.as_ref().is_some_and(|(handle, _)| handle.reload(EnvFilter::new(&level.0)).is_ok())
     }
 
-    /// Writes the lines that wait to be written.
-    pub fn write_out(&self) {
+    /// Waits until the lines that wait are written, at most a second.
+    pub fn drain(&self) {
         if let Some((_, output)) = &self.0 {
-            output.write_out();
+            output.drain();
         }
     }
 }

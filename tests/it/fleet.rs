@@ -2,9 +2,8 @@
 //! them.
 
 use std::{
-    fmt::Write as _,
     net::SocketAddr,
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
@@ -17,12 +16,12 @@ use cyberscan_relay::{
     probe,
     sandbox::{Call, Sandbox},
 };
-use http::{Request, header};
+use http::{Request, StatusCode, header};
 use http_body_util::Full;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::{Child, Command},
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
@@ -92,38 +91,57 @@ pub(crate) fn addresses(relays: &[TestRelay]) -> Vec<SocketAddr> {
 /// Callers who keep asking, about what is known and about what is not.
 pub(crate) struct Load {
     stop: CancellationToken,
-    callers: JoinSet<Vec<String>>,
+    callers: JoinSet<Vec<Failure>>,
     answers: Arc<AtomicU32>,
+    /// How long each answer took.
+    times: Arc<Mutex<Vec<Duration>>>,
+}
+
+/// A question that was not answered in full.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Who was asked.
+    pub(crate) relay: SocketAddr,
+    /// What came instead, or why nothing came.
+    pub(crate) said: Result<Value, String>,
 }
 
 impl Load {
     pub(crate) fn on(relays: &[TestRelay]) -> Self {
+        Self::at(&addresses(relays), &relays[0].token())
+    }
+
+    /// Two callers for each of these.
+    pub(crate) fn at(relays: &[SocketAddr], token: &str) -> Self {
         let (stop, answers) = (CancellationToken::new(), Arc::<AtomicU32>::default());
-        let mut callers = JoinSet::new();
-        for relay in relays.iter().cycle().take(2 * relays.len()) {
-            let (address, token) = (relay.address, relay.token());
-            let (stop, answers) = (stop.clone(), Arc::clone(&answers));
+        let (mut callers, times) = (JoinSet::new(), Arc::<Mutex<Vec<Duration>>>::default());
+        for relay in relays.iter().cycle().take(2 * relays.len()).copied() {
+            let (token, stop, answers) = (token.to_owned(), stop.clone(), Arc::clone(&answers));
+            let times = Arc::clone(&times);
             callers.spawn(async move {
                 let mut failures = Vec::new();
                 while !stop.is_cancelled() {
                     let ip = fresh_ip();
                     let asked = [("ip", "203.0.113.10"), ("domain", "mail.example"), ("ip", ip.as_str())];
-                    match ask(address, &token, &asked).await {
+                    let at = Instant::now();
+                    let answer = ask(relay, &token, &asked).await;
+                    times.lock().unwrap().push(at.elapsed());
+                    match answer {
                         Ok(answer)
                             if answer.get("errors").is_none()
                                 && seen(&answer) == asked.map(|(_, value)| value) =>
                         {
                             answers.fetch_add(1, Ordering::Relaxed);
                         }
-                        Ok(answer) => failures.push(answer.to_string()),
-                        Err(error) => failures.push(error.to_string()),
+                        Ok(answer) => failures.push(Failure { relay, said: Ok(answer) }),
+                        Err(error) => failures.push(Failure { relay, said: Err(error.to_string()) }),
                     }
                     sleep(Duration::from_millis(20)).await;
                 }
                 failures
             });
         }
-        Self { stop, callers, answers }
+        Self { stop, callers, answers, times }
     }
 
     /// Answers so far.
@@ -139,11 +157,22 @@ impl Load {
         }
     }
 
+    /// Ends it and tells what failed.
+    pub(crate) async fn end(self) -> Vec<Failure> {
+        self.stop.cancel();
+        self.callers.join_all().await.into_iter().flatten().collect()
+    }
+
     /// Ends it; every answer must have been whole.
     pub(crate) async fn end_without_a_failure(self) {
-        self.stop.cancel();
-        let failures: Vec<String> = self.callers.join_all().await.concat();
-        assert!(failures.is_empty(), "{} failed, e.g. {}", failures.len(), failures[0]);
+        let mut times = self.times.lock().unwrap().clone();
+        times.sort_unstable();
+        let (half, last) = (times[times.len() / 2], times[times.len() - 1]);
+        let p99 = times[times.len() * 99 / 100];
+        let failures = self.end().await;
+        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        eprintln!("{test}: {} answers in {half:?} (median), {p99:?} (p99), {last:?} (most)", times.len());
+        assert!(failures.is_empty(), "{} failed, e.g. {:?}", failures.len(), failures[0]);
     }
 }
 
@@ -151,54 +180,82 @@ impl Load {
 pub(crate) struct RelayProcess {
     pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
-    log: Arc<Mutex<String>>,
+    log: Arc<Mutex<Vec<Value>>>,
     child: Child,
     _ca: Option<tempfile::NamedTempFile>,
 }
 
 impl RelayProcess {
     pub(crate) async fn start(sandbox: &Sandbox, settings: &[(&str, &str)]) -> Self {
+        Self::start_by(Self::command(), sandbox, settings).await
+    }
+
+    /// As [`RelayProcess::start`], by a command of the test's own.
+    pub(crate) async fn start_by(mut command: Command, sandbox: &Sandbox, settings: &[(&str, &str)]) -> Self {
         let ca = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
-        let given = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let mut relay =
-            Self::with(sandbox_settings(sandbox, ca.path().to_str().unwrap()).into_iter().chain(given)).await;
+        command.envs(sandbox_settings(sandbox, ca.path().to_str().unwrap())).envs(settings.iter().copied());
+        let mut relay = Self::launch(command).await;
         relay._ca = Some(ca);
         relay
     }
 
     /// One with these settings, and nothing else in its environment, on ports it chooses itself.
     pub(crate) async fn with(settings: impl IntoIterator<Item = (String, String)>) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cyberscan-relay"));
+        let mut command = Self::command();
+        command.envs(settings);
+        Self::launch(command).await
+    }
+
+    /// What starts the binary.
+    pub(crate) fn command() -> Command {
+        Self::command_of(env!("CARGO_BIN_EXE_cyberscan-relay"))
+    }
+
+    /// What starts the binary where no process can have more than `files` files open.
+    pub(crate) fn command_with_files(files: u32) -> Command {
+        let mut shell = Self::command_of("/bin/sh");
+        let script = format!("ulimit -n {files} && exec \"$0\"");
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_cyberscan-relay")]);
+        shell
+    }
+
+    /// What starts `program`, which is the relay or becomes it.
+    pub(crate) fn command_of(program: &str) -> Command {
+        let mut command = Command::new(program);
         command.env_clear().kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
-        command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0").envs(settings);
+        command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0");
+        command
+    }
+
+    async fn launch(command: Command) -> Self {
+        let (relay, mut lines) = Self::launch_unread(command).await;
+        let log = Arc::clone(&relay.log);
+        // Read on, or the relay's lines would be lost.
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                log.lock().unwrap().push(serde_json::from_str(&line).unwrap());
+            }
+        });
+        relay
+    }
+
+    /// One whose log is read up to where it is ready.
+    pub(crate) async fn launch_unread(mut command: Command) -> (Self, Lines<BufReader<ChildStdout>>) {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let log = Arc::<Mutex<String>>::default();
-        let note = {
-            let log = Arc::clone(&log);
-            move |line: &str| writeln!(log.lock().unwrap(), "{line}").unwrap()
-        };
+        let mut log = Vec::new();
         let (address, admin) = loop {
             let line = timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap();
             let line = line.expect("the relay ended at its start; it says why above");
-            note(&line);
             let line: Value = serde_json::from_str(&line).unwrap();
-            if let (Some(address), Some(admin)) = (line["listen"].as_str(), line["admin"].as_str()) {
-                break (address.parse().unwrap(), admin.parse().unwrap());
+            let address = |name: &str| line[name].as_str().map(|address| address.parse().unwrap());
+            if let (Some(listen), Some(admin)) = (address("listen"), address("admin")) {
+                break (listen, admin);
             }
+            log.push(line);
         };
-        tokio::spawn(async move {
-            while let Ok(Some(line)) = lines.next_line().await {
-                note(&line);
-            }
-        });
-        Self { address, admin, log, child, _ca: None }
-    }
-
-    /// What it has logged so far.
-    pub(crate) fn log(&self) -> String {
-        self.log.lock().unwrap().clone()
+        (Self { address, admin, log: Arc::new(Mutex::new(log)), child, _ca: None }, lines)
     }
 
     /// As many as `count` on one sandbox, ready and acquainted with each other.
@@ -208,6 +265,58 @@ impl RelayProcess {
         let addresses: Vec<SocketAddr> = fleet.iter().map(|relay| relay.address).collect();
         sharing_within(Duration::from_secs(10), sandbox, &addresses).await;
         fleet
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
+    /// Its log so far, a line for each.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().iter().map(|line| format!("{line}\n")).collect()
+    }
+
+    /// The lines of its log so far that say `message`.
+    pub(crate) fn said(&self, message: &str) -> Vec<Value> {
+        let log = self.log.lock().unwrap();
+        log.iter().filter(|line| line["message"] == message).cloned().collect()
+    }
+
+    /// A figure of its memory in KiB: `VmRSS`, `VmHWM`.
+    pub(crate) fn memory(&self, figure: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(figure)?.strip_prefix(':'));
+        line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+    }
+
+    /// The answer of its admin listener: status and body.
+    pub(crate) async fn admin(&self, path: &str) -> anyhow::Result<(StatusCode, String)> {
+        let request = Request::get(path).header(header::HOST, "localhost").body(Full::default())?;
+        let answer = probe::call(self.admin, request).await?;
+        Ok((answer.status(), String::from_utf8(answer.body().to_vec())?))
+    }
+
+    /// The sum of its series whose names and labels begin so.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.admin("/metrics").await.unwrap();
+        let values = text.lines().filter(|line| line.starts_with(name));
+        values.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
+    }
+
+    /// SIGTERM.
+    pub(crate) async fn terminate(&self) {
+        let pid = self.pid().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn end_within(mut self, longest: Duration) -> ExitStatus {
+        timeout(longest, self.child.wait()).await.expect("it goes on").unwrap()
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// SIGKILL, and gone.

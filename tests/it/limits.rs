@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use cyberscan_relay::sandbox::{Behaviour, Call, Rule};
 use serde_json::json;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::harness::{TestRelay, codes, seen};
+use crate::harness::{TestRelay, codes, list, seen};
 
 #[tokio::test]
 async fn health_shows_how_much_of_the_quotas_is_used() {
@@ -51,11 +52,7 @@ async fn a_pause_is_kept_and_what_is_known_goes_on_being_served() {
     assert_eq!(codes(&relay.observe(&[("ip", "198.18.0.2")]).await), ["too many requests"]);
     let before = relay.sandbox.cyberscan.calls().len();
     let answer = relay
-        .post(
-            "/observe/observables",
-            &relay.token(),
-            crate::harness::list(&[("ip", "198.18.0.1"), ("ip", "198.18.0.3")]),
-        )
+        .post("/observe/observables", &relay.token(), list(&[("ip", "198.18.0.1"), ("ip", "198.18.0.3")]))
         .await
         .json();
     // The known one at once; the other waits for the end of the pause, which its deadline allows.
@@ -96,4 +93,26 @@ async fn look_ups_that_fail_on_their_way_are_repeated_within_the_budget() {
     }
     let sent = relay.sandbox.cyberscan.count(Call::Vulnerabilities);
     assert!((101..=111).contains(&sent), "{sent} requests for 100 look-ups");
+}
+
+#[tokio::test]
+async fn a_tenant_whose_bodies_come_slowly_leaves_room_for_others() {
+    let relay = TestRelay::with(&[("RELAY_SERVER_MAX_IN_FLIGHT", "8")]).await;
+    relay.sandbox.cyberscan.accept_key("slow");
+    let slow = relay.token_with(&[("api_key", json!("slow"))]);
+    let half = format!(
+        "POST /observe/observables HTTP/1.1\r\nHost: relay.test\r\nAuthorization: Bearer {slow}\r\n\
+         Content-Length: 100\r\n\r\n["
+    );
+    let mut bodies = Vec::new();
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(relay.address).await.unwrap();
+        stream.write_all(half.as_bytes()).await.unwrap();
+        bodies.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let answer = relay.observe(&[("ip", "198.18.0.1")]).await;
+    assert_eq!(seen(&answer), ["198.18.0.1"], "{answer}");
+    let refused = relay.post("/observe/observables", &slow, list(&[("ip", "198.18.0.1")])).await.json();
+    assert_eq!(codes(&refused), ["too many requests"]);
 }

@@ -6,7 +6,8 @@
     clippy::indexing_slicing,
     clippy::panic,
     clippy::disallowed_methods,
-    reason = "a test that cannot go on has failed"
+    clippy::print_stderr,
+    reason = "a test that cannot go on has failed; figures are printed"
 )]
 
 mod fleet;
@@ -20,6 +21,7 @@ mod attacks;
 mod canary;
 mod command_line;
 mod enrichment;
+mod faults;
 mod golden;
 mod limits;
 mod prefetch;

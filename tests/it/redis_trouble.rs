@@ -181,12 +181,21 @@ async fn a_redis_whose_password_changes_is_used_again_when_it_fits() {
 async fn a_redis_that_is_emptied_is_filled_again() {
     let redis = RedisServer::start().await;
     let (relays, load) = under_load(&redis.url()).await;
+    let known: Vec<String> = (0..20).map(|_| fresh_ip()).collect();
+    let asked: Vec<(&str, &str)> = known.iter().map(|ip| ("ip", ip.as_str())).collect();
     for _ in 0..3 {
         let _: String = redis.ask(&["FLUSHALL"]).await;
         load.answered(30).await;
+        for relay in &relays {
+            assert_eq!(seen(&relay.observe(&asked).await), known);
+        }
     }
     sharing(&relays).await;
     load.end_without_a_failure().await;
+    // What is in a memory is asked for no more; what is in none, once for each replica at most.
+    let calls = known.iter().map(|ip| relays[0].sandbox.cyberscan.count_of(Call::Vulnerabilities, ip));
+    let calls: Vec<usize> = calls.collect();
+    assert!(calls.iter().all(|calls| (1..=relays.len()).contains(calls)), "{calls:?}");
 }
 
 #[tokio::test]

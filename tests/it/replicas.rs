@@ -249,6 +249,20 @@ async fn harmed_values_are_misses(settings: &[(&str, &str)]) {
         .await;
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+    // Who met them counted them, some more than once: a value is looked at again before CyberScan is asked.
+    for (relay, met) in relays.iter().zip([false, true, false]) {
+        let series = relay.series().await;
+        let sum = |parts: [&str; 2]| {
+            let fits = |name: &&String| parts.iter().all(|part| name.contains(part));
+            series.keys().filter(fits).map(|name| series[name] as usize).sum::<usize>()
+        };
+        let rejected = sum(["relay_cache_rejected_total", ""]);
+        assert!(if met { rejected >= HARMS.len() } else { rejected == 0 }, "{rejected} rejected");
+        let misses = sum(["relay_cache_lookups_total{outcome=\"miss\"", "tier=\"redis\""]);
+        let calls = sum(["relay_cache_fills_total", "leader"]);
+        assert_eq!(misses, calls, "each look-up is one miss, whatever it found");
+        assert!(!met || misses >= HARMS.len(), "{misses} misses");
+    }
 }
 
 #[tokio::test]

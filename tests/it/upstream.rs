@@ -115,16 +115,16 @@ async fn an_access_token_is_kept_and_replaced_once_when_refused() {
 
 #[tokio::test]
 async fn a_key_that_is_refused_is_one_error_and_few_calls() {
-    let relay = TestRelay::start().await;
-    relay.sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).answer(403));
-    let answer = relay.observe(&[("ip", "198.18.0.1"), ("ip", "198.18.0.2"), ("ip", "198.18.0.3")]).await;
-    assert_eq!(
-        answer,
-        json!({"errors": [{
-            "type": "fatal", "code": "authorization error", "message": "Authorization failed: wrong api_key"
-        }]})
-    );
-    assert_eq!(relay.sandbox.cyberscan.count(Call::Token), 2);
+    for status in [401, 403] {
+        let relay = TestRelay::start().await;
+        assert_eq!(seen(&relay.observe(&[("ip", IP)]).await), [IP]);
+        relay.sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).answer(status));
+        let answer = relay.observe(&[("ip", "198.18.0.1"), ("ip", "198.18.0.2"), ("ip", "198.18.0.3")]).await;
+        let message = "Authorization failed: wrong api_key";
+        let error = json!({"type": "fatal", "code": "authorization error", "message": message});
+        assert_eq!(answer, json!({"errors": [error]}), "{status}");
+        assert_eq!(relay.sandbox.cyberscan.count(Call::Token), 2, "{status}: one more, for all of them");
+    }
 }
 
 #[tokio::test]

@@ -6,8 +6,9 @@
     clippy::indexing_slicing,
     clippy::panic,
     clippy::disallowed_methods,
+    clippy::print_stderr,
     dead_code,
-    reason = "a test that cannot go on has failed; not all of the harness is needed here"
+    reason = "a test that cannot go on has failed; figures are printed; not all of the harness is needed here"
 )]
 
 #[path = "../it/fleet.rs"]

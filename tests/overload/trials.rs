@@ -5,16 +5,20 @@
 use std::{net::SocketAddr, time::Duration};
 
 use cyberscan_relay::sandbox::{Behaviour, Call, Options, Recorded, Rule, Sandbox};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
     sync::{Mutex, MutexGuard},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     fleet::{PATIENT, RelayProcess, ask},
-    harness::{AUDIENCE, TestRelay, codes, seen},
+    harness::{AUDIENCE, TestRelay, codes, list, seen},
     redis::RedisServer,
 };
 
@@ -316,4 +320,128 @@ async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
     assert!(*slowest < Duration::from_secs(2), "{slowest:?}");
     assert!(later[20] < Duration::from_millis(100), "{:?}", later[20]);
     assert!(relay.sandbox.cyberscan.count(Call::Vulnerabilities) <= 1, "a probe at most");
+}
+
+/// How long a slow client was there, until the relay closed the connection; none for those who do not read.
+type Stay = Option<Duration>;
+
+/// A client that sends `beginning` and nothing more; one that does not `read` either does not see its end.
+async fn slow_client(relay: SocketAddr, beginning: String, read: bool, until: CancellationToken) -> Stay {
+    let socket = TcpSocket::new_v4().unwrap();
+    if !read {
+        socket.set_recv_buffer_size(4096).unwrap();
+    }
+    let mut stream = socket.connect(relay).await.unwrap();
+    let at = Instant::now();
+    let _ = stream.write_all(beginning.as_bytes()).await;
+    if !read {
+        until.cancelled().await;
+        return None;
+    }
+    let mut rest = [0; 1024];
+    let reading = async { while let Ok(1..) = stream.read(&mut rest).await {} };
+    until.run_until_cancelled(reading).await.map(|()| at.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
+    let _alone = alone().await;
+    // A file for each client here, and one in the relay, which takes over our limit.
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    let files = limit.maximum.unwrap_or(u64::MAX).saturating_sub(500).min(5_000);
+    let quarter = usize::try_from(files / 4).unwrap();
+
+    let sandbox = Sandbox::start(Options::default()).await.unwrap();
+    let settings = [
+        ("RELAY_SERVER_HEADER_TIMEOUT", "4s"),
+        ("RELAY_SERVER_BODY_TIMEOUT", "4s"),
+        ("RELAY_SERVER_IDLE_TIMEOUT", "20s"),
+    ];
+    let relay = RelayProcess::start(&sandbox, &settings).await;
+    let token_of = |key: &str| {
+        sandbox.cyberscan.accept_key(key);
+        let mut claims = sandbox.claims(AUDIENCE);
+        claims["api_key"] = json!(key);
+        sandbox.issuer.mint(&claims)
+    };
+    let (good, half, reader) = (sandbox.token(AUDIENCE), token_of("half"), token_of("reader"));
+    // Answers of which one fits into a socket's buffers and sixteen do not.
+    let finding = |number: usize| {
+        json!({"name": format!("{number}"), "family": "General", "description": "x".repeat(2000),
+            "severity": "Low", "port": 443, "protocol": "tcp", "cve": "", "cvss": 1.0, "confidence": 80})
+    };
+    let findings: Vec<Value> = (0..100).map(finding).collect();
+    sandbox
+        .cyberscan
+        .set_vulnerabilities("192.0.2.1", &json!({"ip": "192.0.2.1", "vulnerabilities": findings}));
+    let head = |token: &str, length: usize| {
+        format!(
+            "POST /observe/observables HTTP/1.1\r\nHost: relay.test\r\nAuthorization: Bearer {token}\r\n\
+             Content-Length: {length}\r\n\r\n"
+        )
+    };
+    let large = list(&[("ip", "192.0.2.1")]);
+    let kinds = [
+        ("do not read much", (head(&reader, large.len()) + &large).repeat(16), quarter / 10, false),
+        ("do not read", head(&reader, large.len()) + &large, quarter - quarter / 10, false),
+        ("half a body", head(&half, 100) + "[{", quarter, true),
+        ("half a head", "POST /observe/observables HTTP/1.1\r\nHost: rel".to_owned(), quarter, true),
+        ("silent", String::new(), quarter, true),
+    ];
+    ask(relay.address, &reader, &[("ip", "192.0.2.1")]).await.unwrap();
+    let relays = [relay.address];
+    for ip in 0..50 {
+        ask(relay.address, &good, &[("ip", &format!("198.18.0.{ip}"))]).await.unwrap();
+    }
+    let alone = stream_about(50, &relays, &good, 18, 20, Duration::from_secs(4)).await;
+
+    let until = CancellationToken::new();
+    let mut clients = Vec::new();
+    let arriving = async {
+        for (_, beginning, count, read) in &kinds {
+            let mut these = JoinSet::new();
+            for number in 0..*count {
+                these.spawn(slow_client(relay.address, beginning.clone(), *read, until.clone()));
+                // A listener has a queue, and good clients stand in it, too.
+                if number % 50 == 49 {
+                    sleep(Duration::from_millis(50)).await;
+                }
+            }
+            clients.push(these);
+        }
+        let arrived = Instant::now();
+        let most = relay.metric("relay_connections").await;
+        // The last to leave are those who do not read: half a minute after they stopped.
+        let mut gone = arrived.elapsed();
+        while gone < Duration::from_secs(60) && relay.metric("relay_connections").await > 40.0 {
+            sleep(Duration::from_millis(100)).await;
+            gone = arrived.elapsed();
+        }
+        (most, gone)
+    };
+    let asking = stream_about(50, &relays, &good, 18, 20, Duration::from_secs(38));
+    let (beside, (most, gone)) = tokio::join!(asking, arriving);
+    until.cancel();
+
+    let (alone_p99, beside_p99) = (quantile(alone.iter(), 99), quantile(beside.iter(), 99));
+    eprintln!(
+        "slow clients: {} of them, {most} connections at once, the last gone {gone:?} after the last came; \
+         good ones' p99 {alone_p99:?} alone, {beside_p99:?} beside them",
+        4 * quarter
+    );
+    let failed: Vec<&String> = alone.iter().chain(&beside).filter_map(|asked| asked.error.as_ref()).collect();
+    assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), beside.len(), failed[0]);
+    // A connection that finds the queue of the listener full is tried again after one second and after three.
+    assert!(beside_p99 < Duration::from_secs(3), "{beside_p99:?}");
+    assert!(most > 2.0 * quarter as f64, "{most} connections: nobody was slow");
+    assert!(gone < Duration::from_secs(40), "{gone:?}");
+    for (these, (kind, _, count, read)) in clients.into_iter().zip(kinds) {
+        let stays: Vec<Duration> = these.join_all().await.into_iter().flatten().collect();
+        let longest = stays.iter().max().copied().unwrap_or_default();
+        eprintln!("{kind}: {} were closed, the last after {longest:?}", stays.len());
+        // Five seconds more for those who were answered: so long they may go on sending.
+        assert_eq!(stays.len(), if read { count } else { 0 }, "{kind}");
+        assert!(longest < Duration::from_secs(14), "{kind}: {longest:?}");
+    }
 }
