@@ -4,6 +4,9 @@
 //! A configuration is read to its end before it is refused, so that all its faults are told at
 //! once, each with its key, where it came from and what was expected.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     collections::BTreeMap,
     fmt::{self, Display},
@@ -226,12 +229,18 @@ impl Settings {
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, Faults> {
         let mut faults = Vec::new();
+        let environment = Layer::environment(environment, &mut faults);
+        let file = file.map_or_else(|| Ok(Layer::default()), Layer::file);
+        Self::of([Layer::toml("default", DEFAULTS), file, Ok(environment)], faults)
+    }
+
+    /// Reads `layers`, each laid over those before it.
+    fn of(
+        layers: impl IntoIterator<Item = Result<Layer, Fault>>,
+        mut faults: Vec<Fault>,
+    ) -> Result<Self, Faults> {
         let mut figment = Figment::new();
-        for layer in [
-            Layer::toml("default", DEFAULTS),
-            file.map_or_else(|| Ok(Layer::default()), Layer::file),
-            Ok(Layer::environment(environment, &mut faults)),
-        ] {
+        for layer in layers {
             match layer {
                 Ok(layer) => {
                     layer.report_unknown_keys(&mut faults);
