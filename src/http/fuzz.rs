@@ -70,6 +70,9 @@ pub fn http(input: &[u8]) {
     let split = TALK.with(|talk| talk(&[first, second]));
     // After an early answer a body that is not all there ends the connection; nothing else may differ.
     assert!(whole.starts_with(&split) || split.starts_with(&whole), "{whole:?} or {split:?}");
+    if let Some(first) = whole.first() {
+        assert!(matches!(first, 400 | 431) || is_sound(input), "answered: {whole:?}");
+    }
     for statuses in [whole, split] {
         let mut all = statuses.iter();
         all.find(|status| matches!(**status, 400 | 431));
@@ -77,6 +80,21 @@ pub fn http(input: &[u8]) {
         let known = |status: &u16| matches!(status, 100 | 200 | 400 | 404 | 405 | 431);
         assert!(statuses.iter().all(known), "{statuses:?}");
     }
+}
+
+/// Whether the first head in `input` is one that everybody reads in the same way.
+fn is_sound(input: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(input.strip_prefix(b"\r\n").unwrap_or(input));
+    let Some((head, _)) = text.split_once("\r\n\r\n") else {
+        return false;
+    };
+    let (request, fields) = head.split_once("\r\n").unwrap_or((head, ""));
+    let fields: Vec<&str> = fields.split("\r\n").filter_map(|line| Some(line.split_once(':')?.0)).collect();
+    let count = |name| fields.iter().filter(|field| field.eq_ignore_ascii_case(name)).count();
+    head.split("\r\n").all(|line| !line.contains(['\r', '\n']))
+        && request.ends_with(" HTTP/1.1")
+        && count("host") == 1
+        && count("content-length") + count("transfer-encoding") <= 1
 }
 
 /// The relay as it is on a connection; the statuses it answers pieces of a stream with.
