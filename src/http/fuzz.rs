@@ -59,10 +59,13 @@ pub fn request_body(input: &[u8]) {
     }
 }
 
+/// Sends the pieces of a stream; the statuses of what comes back.
+type Talk = dyn Fn(&[&[u8]]) -> Vec<u16>;
+
 /// What a client sends on one connection.
 pub fn http(input: &[u8]) {
     thread_local! {
-        static TALK: Box<dyn Fn(&[&[u8]]) -> Vec<u16>> = Box::new(talk());
+        static TALK: Box<Talk> = Box::new(talk());
     }
     let whole = TALK.with(|talk| talk(&[input]));
     let at = input.first().map_or(0, |first| input.len() * usize::from(*first) / 256);
