@@ -20,6 +20,7 @@ use cyberscan_relay::{
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::{
     Trap,
@@ -130,6 +131,7 @@ impl Forge<'_> {
             "issuer port" => self.sandbox.issuer.host().rsplit_once(':')?.1.to_owned(),
             "audience" => AUDIENCE.to_owned(),
             "trap" => self.trap.clone(),
+            "claims" => self.sandbox.claims(AUDIENCE).to_string().trim_matches(['{', '}']).to_owned(),
             "stranger n" => self.stranger.issuer.jwk()["n"].as_str()?.to_owned(),
             _ => return None,
         })
@@ -291,7 +293,7 @@ async fn ask(relay: &TestRelay, case: &Case, token: &str, route: &str) -> (Strin
         "POST {route} HTTP/1.1\r\nHost: relay.test\r\nConnection: close\r\nContent-Length: {}\r\n{head}\r\n{body}",
         body.len()
     );
-    let answer = relay.raw(request.as_bytes()).await;
+    let answer = relay.raw_and_close(request.as_bytes()).await;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{}: {answer:?}", case.name));
     let status = head.strip_prefix("HTTP/1.1 ").unwrap().chars().take(3).collect();
     (status, serde_json::from_str(body).unwrap_or_default())
@@ -309,7 +311,7 @@ async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issu
     }
 
     let trap = Trap::set().await;
-    let relay = TestRelay::start().await;
+    let (relay, started) = (TestRelay::start().await, Instant::now());
     let stranger = Sandbox::start(Options::default()).await.unwrap();
     let forge = Forge { sandbox: &relay.sandbox, stranger: &stranger, trap: trap.address() };
     check_each(&cases, async |case| {
@@ -358,5 +360,6 @@ async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issu
     assert_eq!(relay.sandbox.cyberscan.count(Call::Other), 0);
     assert_eq!((stranger.issuer.connections(), stranger.cyberscan.connections()), (0, 0));
     let fetches = relay.sandbox.issuer.fetches();
-    assert!(fetches <= 4, "{fetches} fetches of the key set for {} tokens", 3 * cases.len());
+    let most = 3 + started.elapsed().as_secs() / 30;
+    assert!(fetches <= most, "{fetches} fetches of the key set for {} tokens", 3 * cases.len());
 }
