@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test fuzz bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -14,6 +14,10 @@ test:
 	scripts/need-redis.sh
 	scripts/need.sh openssl openssl
 	$(CARGO) test --locked --quiet
+
+## Fuzz every place where input comes in, each for so many seconds: `make fuzz SECONDS=60`.
+fuzz:
+	scripts/fuzz.sh $(or $(SECONDS),5)
 
 ## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
 ## `make bench ONLY="L1 hit"` runs the cases of that name and writes nothing.
@@ -33,6 +37,7 @@ trials:
 ## Formatting, clippy, and the rules for dependencies.
 lint:
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	scripts/deny.sh
 
@@ -65,5 +70,5 @@ openapi:
 	scripts/openapi/check.sh
 
 ## Everything that has to hold before a change lands.
-ci: lint test doc boards deploy-check page openapi
+ci: lint test fuzz doc boards deploy-check page openapi
 	$(CARGO) run --locked --quiet -- demo --once

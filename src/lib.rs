@@ -26,6 +26,8 @@ pub mod admin;
 pub mod app;
 pub mod probe;
 pub mod demo;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 
 /// The one Redis fixture, which unit tests share with the integration tests.
 #[cfg(test)]

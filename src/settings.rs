@@ -4,6 +4,9 @@
 //! A configuration is read to its end before it is refused, so that all its faults are told at
 //! once, each with its key, where it came from and what was expected.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     collections::BTreeMap,
     fmt::{self, Display},
@@ -226,12 +229,18 @@ impl Settings {
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, Faults> {
         let mut faults = Vec::new();
+        let environment = Layer::environment(environment, &mut faults);
+        let file = file.map_or_else(|| Ok(Layer::default()), Layer::file);
+        Self::of([Layer::toml("default", DEFAULTS), file, Ok(environment)], faults)
+    }
+
+    /// Reads `layers`, each laid over those before it.
+    fn of(
+        layers: impl IntoIterator<Item = Result<Layer, Fault>>,
+        mut faults: Vec<Fault>,
+    ) -> Result<Self, Faults> {
         let mut figment = Figment::new();
-        for layer in [
-            Layer::toml("default", DEFAULTS),
-            file.map_or_else(|| Ok(Layer::default()), Layer::file),
-            Ok(Layer::environment(environment, &mut faults)),
-        ] {
+        for layer in layers {
             match layer {
                 Ok(layer) => {
                     layer.report_unknown_keys(&mut faults);
@@ -530,10 +539,17 @@ struct Layer {
 
 impl Layer {
     fn toml(name: &str, text: &str) -> Result<Self, Fault> {
-        let values = Toml::from_str::<Dict>(text).map_err(|error| Fault {
-            key: "(file)".to_owned(),
-            source: name.to_owned(),
-            message: error.to_string().trim().replace('\n', " "),
+        let values = Toml::from_str::<Dict>(text).map_err(|error| {
+            // Not the line itself, as the error's own text has it: there may be a secret in it.
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let (line, column) =
+                (before.split('\n').count(), before.rsplit('\n').next().map_or(0, str::len) + 1);
+            let message = error.message().trim().replace('\n', ", ");
+            Fault {
+                key: "(file)".to_owned(),
+                source: name.to_owned(),
+                message: format!("line {line}, column {column}: {message}"),
+            }
         })?;
         Ok(Self { name: name.to_owned(), values })
     }
@@ -816,7 +832,9 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_toml_is_a_fault_and_so_is_one_that_is_not_there() {
-        assert_eq!(load("listen = ", &[]).unwrap_err().0.len(), 1);
+        let Faults(faults) = load("[auth]\nlisten = ", &[]).unwrap_err();
+        assert_eq!(faults.len(), 1);
+        assert!(faults[0].message.starts_with("line 2, column 10: "), "{}", faults[0].message);
         let missing = Settings::load(Some(Path::new("/nonexistent/relay.toml")), []).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/relay.toml"));
     }
@@ -828,6 +846,12 @@ mod tests {
         assert!(!format!("{:?}", settings.effective()).contains("s3cret"));
         let faults = load("", &[("RELAY_EGRESS_PROXY", "s3cret")]).unwrap_err();
         assert!(!faults.to_string().contains("s3cret"), "{faults}");
+        // Quotes that were forgotten make a file that is no TOML.
+        for file in ["[admin]\ntoken = s3cret", "admin.token = 's3cret", "admin.token = 5s3cret\nlisten = 1"]
+        {
+            let faults = load(file, &[]).unwrap_err();
+            assert!(!faults.to_string().contains("s3cret"), "{faults}");
+        }
     }
 
     #[test]

@@ -94,7 +94,9 @@ fn part<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, AuthError> {
     if json.trim_ascii_start().first() != Some(&b'{') {
         return Err(AuthError::Malformed);
     }
-    serde_json::from_slice(&json).map_err(|_| AuthError::Malformed)
+    // Looked at as a whole: serde_json alone would skip bad bytes in members nobody reads.
+    let json = String::from_utf8(json).map_err(|_| AuthError::Malformed)?;
+    serde_json::from_str(&json).map_err(|_| AuthError::Malformed)
 }
 
 impl Header {
@@ -254,6 +256,10 @@ mod tests {
             &token(r#"{"alg":"RS256","crit":["b64"],"b64":false}"#, "{}", ""),
             &token(r#"{"alg":"RS256","typ":"JWE"}"#, "{}", ""),
             &token(r#"{"alg":"RS256","typ":5}"#, "{}", ""),
+            &token(HEADER, r#"{"x":"?"}"#, "").replace(
+                &URL_SAFE_NO_PAD.encode(r#"{"x":"?"}"#),
+                &URL_SAFE_NO_PAD.encode(b"{\"x\":\"\xff\"}"),
+            ),
         ] {
             assert_eq!(Jwt::parse(bad).err(), Some(AuthError::Malformed), "{bad}");
         }

@@ -282,7 +282,7 @@ impl Issuer {
 /// Keys that cannot verify RS256 are left out: other types, other uses, other algorithms, weak or
 /// malformed ones. Of several keys with one id the first usable one counts. A document in which no
 /// key has an id is not a key set that tokens could refer to.
-fn import(body: &[u8]) -> Option<HashMap<String, DecodingKey>> {
+pub(super) fn import(body: &[u8]) -> Option<HashMap<String, DecodingKey>> {
     let document: Value = serde_json::from_slice(body).ok()?;
     let entries = document.as_object()?.get("keys")?.as_array()?;
     if !entries.is_empty() && entries.iter().all(|entry| entry.get("kid").is_none()) {

@@ -7,6 +7,8 @@
 
 mod claims;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod jwks;
 
 use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};

@@ -259,6 +259,13 @@ fn checksum(name: &[u8], head: &[u8], body: &[u8]) -> [u8; CHECKSUM] {
     sum
 }
 
+/// `body` as it would stand under the Redis key `name`, not sealed.
+#[cfg(any(test, fuzzing))]
+pub(super) fn enveloped(name: &[u8], body: &[u8]) -> Vec<u8> {
+    let head = [MAGIC.as_slice(), version_text(1).as_bytes()].concat();
+    [&*head, &[0], &checksum(name, &head, body), body].concat()
+}
+
 fn pack(plain: Vec<u8>) -> Packed<'static> {
     if plain.len() >= COMPRESS_FROM {
         let packed = lz4_flex::compress(&plain);

@@ -14,6 +14,8 @@
 //! pause has passed; until then its failure is the answer.
 
 mod entry;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod policy;
 pub mod reads;
 pub mod redis;

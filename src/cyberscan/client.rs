@@ -335,7 +335,7 @@ impl<A: Admission> CyberScan for Client<A> {
 }
 
 /// `/api/v1/<resource>/<segment>`; whatever the segment is, it stays one segment.
-fn path(resource: &str, segment: &str) -> String {
+pub(super) fn path(resource: &str, segment: &str) -> String {
     format!("/api/v1/{resource}/{}", utf8_percent_encode(segment, SEGMENT))
 }
 

@@ -4,6 +4,8 @@
 pub mod breaker;
 pub mod client;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod model;
 mod printed;
 pub mod token;

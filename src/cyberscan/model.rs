@@ -117,7 +117,9 @@ pub(super) fn object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Malfor
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Malformed);
     }
-    serde_json::from_slice(body).map_err(|_| Malformed)
+    // Looked at as a whole: serde_json alone would skip bad bytes in members nobody reads.
+    let text = std::str::from_utf8(body).map_err(|_| Malformed)?;
+    serde_json::from_str(text).map_err(|_| Malformed)
 }
 
 /// The https link in `value`, if it leads to a host of `pages`: an analyst will click on it.

@@ -159,7 +159,7 @@ impl Http {
 }
 
 /// `https://<host><path>`, built from parts; `None` if the parts would read as something else.
-fn url(host: &Host, path: &str) -> Option<Url> {
+pub(super) fn url(host: &Host, path: &str) -> Option<Url> {
     let url = Url::parse(&format!("https://{}:{}{path}", host.name(), host.port())).ok()?;
     (url.host_str() == Some(&host.name()) && url.path() == path && url.query().is_none()).then_some(url)
 }

@@ -44,7 +44,8 @@ impl Host {
         match &self.name {
             Name::Dns(name) => name.clone(),
             Name::Ip(IpAddr::V4(ip)) => ip.to_string(),
-            Name::Ip(IpAddr::V6(ip)) => format!("[{ip}]"),
+            // As a URL spells it, which differs from std where an IPv4 address is mapped.
+            Name::Ip(IpAddr::V6(ip)) => url::Host::<&str>::Ipv6(*ip).to_string(),
         }
     }
 
@@ -197,6 +198,7 @@ mod tests {
             ("localhost:8443", "localhost:8443"),
             ("127.0.0.1:8443", "127.0.0.1:8443"),
             ("[::1]:8443", "[::1]:8443"),
+            ("[::ffff:192.0.2.1]", "[::ffff:c000:201]"),
             ("xn--bcher-kva.example", "xn--bcher-kva.example"),
         ] {
             assert_eq!(text.parse::<Host>().unwrap().to_string(), host);

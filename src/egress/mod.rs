@@ -5,6 +5,8 @@
 
 pub mod address;
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod host;
 pub mod resolver;
 pub mod tls;

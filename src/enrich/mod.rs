@@ -2,6 +2,8 @@
 //! many run at once, that one failing look-up costs no other its answer, and that the deadline
 //! holds. It must not know HTTP, nor where answers come from.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod problem;
 mod rendered;
 mod sighting;

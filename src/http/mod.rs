@@ -9,6 +9,8 @@ mod body;
 mod bulkhead;
 mod error_reply;
 pub(crate) mod framing;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod health;
 mod observables;
 mod observe;

@@ -45,7 +45,7 @@ use super::framing::{Guard, MAX_HEAD};
 use crate::metrics::Metrics;
 
 /// Fields of a request head, at most.
-const MAX_FIELDS: usize = 64;
+pub(super) const MAX_FIELDS: usize = 64;
 /// How long an answer may wait for a peer to take [`WRITE_STEP`] of it.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A peer that takes a byte at a time makes no progress until it has taken this much.

@@ -76,6 +76,8 @@ pub enum Behaviour {
     },
     /// 200 and this body, verbatim.
     Json(String),
+    /// 200 and these bytes.
+    Body(Bytes),
     /// The normal answer, this much later than [`FakeCyberScan::latency`] has it.
     Delay(Duration),
     /// Never an answer.
@@ -419,7 +421,9 @@ impl State {
         let status = match &behaviour {
             Some(Behaviour::Hang | Behaviour::CloseBeforeAnswer) => None,
             Some(Behaviour::Status { code, .. } | Behaviour::Redirect { code, .. }) => Some(*code),
-            Some(Behaviour::Json(_) | Behaviour::GzipBomb | Behaviour::EndlessBody) => Some(200),
+            Some(Behaviour::Json(_) | Behaviour::Body(_) | Behaviour::GzipBomb | Behaviour::EndlessBody) => {
+                Some(200)
+            }
             None
             | Some(
                 Behaviour::Delay(_)
@@ -491,6 +495,7 @@ async fn behave(behaviour: Behaviour, normal: Normal) -> io::Result<Response<Bod
             }
         }
         Behaviour::Json(body) => tls::json(200, tls::whole(body)),
+        Behaviour::Body(body) => tls::json(200, tls::whole(body)),
         Behaviour::Delay(delay) => {
             tokio::time::sleep(delay).await;
             normal.into_response()

@@ -15,7 +15,7 @@ use aws_lc_rs::{
     encoding::{AsDer, PublicKeyX509Der},
     rand::SystemRandom,
     rsa::KeySize,
-    signature::{KeyPair, RSA_PKCS1_SHA256, RsaKeyPair},
+    signature::{KeyPair, RSA_PKCS1_SHA256, RsaEncoding, RsaKeyPair},
 };
 use base64::{
     Engine,
@@ -101,7 +101,19 @@ impl FakeIssuer {
     #[must_use]
     pub fn mint_with(&self, header: Value, claims: &Value) -> String {
         let key = self.current();
-        jws(&header, claims, |input| key.sign(input))
+        jws(&header, claims, |input| key.sign(&RSA_PKCS1_SHA256, input))
+    }
+
+    /// The signature of `message` with the current key, by whatever RSA scheme.
+    #[must_use]
+    pub fn signature(&self, scheme: &'static dyn RsaEncoding, message: &[u8]) -> Vec<u8> {
+        self.current().sign(scheme, message)
+    }
+
+    /// The current public key, as it stands in the key set.
+    #[must_use]
+    pub fn jwk(&self) -> Value {
+        self.current().jwk.clone()
     }
 
     /// Replaces the key; the old one is dropped from the set at once.
@@ -232,11 +244,11 @@ impl Key {
         Ok(Self { kid, jwk, public_pem, pair })
     }
 
-    fn sign(&self, input: &[u8]) -> Vec<u8> {
+    fn sign(&self, scheme: &'static dyn RsaEncoding, input: &[u8]) -> Vec<u8> {
         let mut signature = vec![0; self.pair.public_modulus_len()];
         self.pair
-            .sign(&RSA_PKCS1_SHA256, &SystemRandom::new(), input, &mut signature)
-            .expect("the buffer has the length of the modulus, and 2048 bits hold a SHA-256");
+            .sign(scheme, &SystemRandom::new(), input, &mut signature)
+            .expect("the buffer has the length of the modulus, and 2048 bits hold any SHA-2");
         signature
     }
 }

@@ -131,14 +131,21 @@ impl TestRelay {
     /// Sends `bytes` as they are and reads until the relay closes the connection or is silent for
     /// a second.
     pub(crate) async fn raw(&self, bytes: &[u8]) -> String {
+        self.converse(bytes, Duration::from_secs(1)).await
+    }
+
+    /// As [`TestRelay::raw`], for a request after which the relay closes, however long it takes.
+    pub(crate) async fn raw_and_close(&self, bytes: &[u8]) -> String {
+        self.converse(bytes, Duration::from_secs(60)).await
+    }
+
+    async fn converse(&self, bytes: &[u8], patience: Duration) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         // The relay may answer and close before it has read everything.
         let _ = stream.write_all(bytes).await;
         let mut answer = Vec::new();
         let mut part = [0; 4096];
-        while let Ok(Ok(read @ 1..)) =
-            tokio::time::timeout(Duration::from_secs(1), stream.read(&mut part)).await
-        {
+        while let Ok(Ok(read @ 1..)) = tokio::time::timeout(patience, stream.read(&mut part)).await {
             answer.extend_from_slice(&part[..read]);
         }
         String::from_utf8_lossy(&answer).into_owned()

@@ -1,20 +1,23 @@
-//! Hostile tokens, hosts and observables, from the files in `tests/attacks`: refused, and nobody
-//! who must not be called is called.
+//! Hostile input, from the files in `tests/attacks`: refused in the right words, and nobody who must not
+//! be called is called. Hosts and observables are here; tokens, request bodies, CyberScan's answers
+//! and key sets have a file each.
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::harness::{TestRelay, codes, list};
 
+mod bodies;
+mod cases;
+mod key_sets;
+mod tokens;
+mod upstream;
+
 /// The JSON strings of a file, one per line; `{trap}` stands for the address of a listener that
 /// must never be connected to.
-fn lines(text: &str, trap: &str) -> Vec<String> {
-    let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
-    lines
-        .map(|line| {
-            serde_json::from_str::<String>(line).unwrap_or_else(|_| panic!("{line}")).replace("{trap}", trap)
-        })
-        .collect()
+fn texts(file: &str, trap: &str) -> Vec<String> {
+    let text = |line| serde_json::from_str::<String>(line).unwrap_or_else(|_| panic!("{line}"));
+    cases::lines(file).map(|line| text(line).replace("{trap}", trap)).collect()
 }
 
 /// A listener that counts as a place nobody may call.
@@ -40,7 +43,7 @@ async fn hostile_hosts_are_refused_without_a_connection() {
     let trap = Trap::set().await;
     // Any public name is allowed here, so the grammar and the address guard are on their own.
     let relay = TestRelay::with(&[("RELAY_CYBERSCAN_HOSTS", "*")]).await;
-    let hosts = lines(include_str!("../attacks/hosts.txt"), &trap.address());
+    let hosts = texts(include_str!("../../attacks/hosts.txt"), &trap.address());
     assert!(hosts.len() >= 250, "{} hosts", hosts.len());
     for host in hosts {
         let token = relay.token_with(&[("host", json!(host))]);
@@ -57,7 +60,7 @@ async fn hostile_hosts_are_refused_without_a_connection() {
 async fn hostile_key_issuers_are_refused_without_a_connection() {
     let trap = Trap::set().await;
     let relay = TestRelay::start().await;
-    let issuers = lines(include_str!("../attacks/hosts.txt"), &trap.address());
+    let issuers = texts(include_str!("../../attacks/hosts.txt"), &trap.address());
     for jwks_host in issuers.into_iter().map(Value::from).chain([json!(5), json!([]), json!({}), json!(true)])
     {
         let token = relay.token_with(&[("jwks_host", jwks_host.clone())]);
@@ -71,7 +74,7 @@ async fn hostile_key_issuers_are_refused_without_a_connection() {
 #[tokio::test]
 async fn hostile_observables_are_left_out_without_a_call() {
     let relay = TestRelay::start().await;
-    let values = lines(include_str!("../attacks/observables.txt"), "127.0.0.1:1");
+    let values = texts(include_str!("../../attacks/observables.txt"), "127.0.0.1:1");
     assert!(values.len() >= 500, "{} observables", values.len());
     for values in values.chunks(100) {
         for kind in ["domain", "ip"] {
