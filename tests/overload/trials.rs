@@ -322,6 +322,56 @@ async fn a_black_hole_is_waited_for_once_and_then_left_alone() {
     assert!(relay.sandbox.cyberscan.count(Call::Vulnerabilities) <= 1, "a probe at most");
 }
 
+/// Two steady streams: a hundred addresses again and again, and others never twice. With the worker and without,
+/// in alternation, because the machine has moods.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_at_its_budget_slows_nobody_down() {
+    let _alone = alone().await;
+    let redis = RedisServer::process(&[]).await;
+    let sandbox = Sandbox::start(Options::default()).await.unwrap();
+    sandbox.cyberscan.latency(Duration::from_millis(50));
+    let (token, url) = (sandbox.token(AUDIENCE), redis.url());
+    let mut asked = [Vec::new(), Vec::new()];
+    let mut ahead = 0.0;
+    for round in 0..4 {
+        let worker = ["false", "true"][round % 2];
+        let settings = [
+            ("RELAY_WORKER_ENABLED", worker),
+            ("RELAY_REDIS_URL", url.as_str()),
+            ("RELAY_CACHE_FRESH", "6s"),
+            ("RELAY_CACHE_STALE_WHILE_REVALIDATE", "0s"),
+            ("RELAY_CACHE_REFRESH_AHEAD", "0"),
+            PATIENT,
+        ];
+        let relay = RelayProcess::start(&sandbox, &settings).await;
+        let relays = [relay.address];
+        // Once round for the worker to learn what is asked for.
+        stream_about(100, &relays, &token, 18, 50, Duration::from_secs(4)).await;
+        let others = u8::try_from(20 + round).unwrap();
+        let (again, once) = tokio::join!(
+            stream_about(100, &relays, &token, 18, 50, phase()),
+            stream(&relays, &token, others, 50, phase())
+        );
+        asked[round % 2].extend(again.into_iter().chain(once));
+        if worker == "true" {
+            ahead += relay.metric("relay_prefetch_total{outcome=\"refreshed\"}").await;
+        }
+        let _: String = redis.ask(&["FLUSHALL"]).await;
+    }
+    for asked in asked.iter().flatten() {
+        assert_eq!(asked.error, None);
+    }
+    let [without, with] = [0, 1].map(|worker| [50, 99].map(|of| quantile(asked[worker].iter(), of)));
+    let waited =
+        asked.each_ref().map(|asked| asked.iter().filter(|asked| asked.took.as_millis() >= 50).count());
+    eprintln!(
+        "worker: p50 and p99 {without:?} without it, {with:?} with it; {waited:?} of {} waited for CyberScan; {ahead} fetched ahead",
+        asked[0].len()
+    );
+    assert!(ahead > 0.0, "nothing was fetched ahead");
+    assert!(with[1] < without[1] * 3 / 2 + Duration::from_millis(20), "{without:?} {with:?}");
+}
+
 /// How long a slow client was there, until the relay closed the connection; none for those who do not read.
 type Stay = Option<Duration>;
 
