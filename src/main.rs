@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 /// Entries of all sizes come and go side by side: glibc's allocator keeps so many holes between them that a full
 /// cache took twice its size.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// The relay between Cisco SecureX/XDR and CyberScan.
 #[derive(Parser)]

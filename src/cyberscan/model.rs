@@ -108,7 +108,11 @@ impl Vulnerabilities {
             vulnerabilities: Vec<Upstream>,
         }
         let raw: Raw = object(body)?;
-        Ok(Self(raw.vulnerabilities.into_iter().map(|Upstream(finding)| finding).collect()))
+        let mut findings: Vec<Finding> =
+            raw.vulnerabilities.into_iter().map(|Upstream(finding)| finding).collect();
+        // It is going to be kept for long.
+        findings.shrink_to_fit();
+        Ok(Self(findings))
     }
 }
 
