@@ -536,12 +536,14 @@ fn cold_round(world: &World, token: &str) -> [(Run, Run); 3] {
     for first in (0..ADDRESSES / MANY).map(u64::from).step_by(100) {
         load(&filling, token, |k| (k < 100).then(|| distinct(first + k, MANY)).flatten());
     }
-    // Each write is followed by one event.
+    // Each write is followed by an event; when none comes any more, all are there.
     let written = || world.redis.count("xadd");
     let deadline = Instant::now() + Duration::from_secs(30);
-    while written() < ADDRESSES.into() {
+    let mut before = 0;
+    while before < ADDRESSES.into() || before < written() {
         assert!(Instant::now() < deadline, "only {} values are in Redis", written());
-        std::thread::sleep(Duration::from_millis(50));
+        before = written();
+        std::thread::sleep(Duration::from_millis(300));
     }
     drop(filling);
     let shared = beside(&world.relay(true), MANY);
