@@ -233,7 +233,8 @@ impl Kind for Vulnerabilities {
 
     fn weight(&self) -> usize {
         let string = |text: &String| size_of::<String>() + text.capacity() + BLOCK;
-        let text = |text: &Option<String>| text.as_ref().map_or(0, string);
+        // The text itself counts with the finding.
+        let text = |text: &Option<String>| text.as_ref().map_or(0, |text| text.capacity() + BLOCK);
         let finding = |finding: &crate::cyberscan::Finding| {
             let cells = finding.table.iter().map(|(name, value)| string(name) + string(value));
             let cves = finding.cves.iter().map(string);

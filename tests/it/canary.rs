@@ -232,7 +232,7 @@ async fn no_secret_and_no_observable_is_found_where_it_does_not_belong() {
     // The hunt was in the right places.
     let text = String::from_utf8_lossy(&told).into_owned();
     assert!(
-        text.contains("relay:1:") && text.contains("\"mget\"") || text.contains("\"MGET\""),
+        text.contains("relay:1:") && (text.contains("\"mget\"") || text.contains("\"MGET\"")),
         "{} bytes",
         told.len()
     );
