@@ -22,6 +22,8 @@ fuzz:
 ## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
 ## `make bench ONLY="L1 hit"` runs the cases of that name and writes nothing.
 bench:
+	scripts/need-redis.sh
+	scripts/need.sh nginx nginx-light
 	$(CARGO) bench --locked --bench load -- $(if $(ONLY),"$(ONLY)")
 	$(if $(ONLY),,$(CARGO) bench --locked --bench parts)
 

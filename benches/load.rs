@@ -53,6 +53,8 @@ const DISTINCT: u64 = 1_000_000;
 const MANY: u32 = 25;
 /// An address with seven vulnerabilities.
 const SEVEN: &str = "192.0.2.7";
+/// What tokio is told the number of its threads by.
+const THREADS: &str = "TOKIO_WORKER_THREADS";
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/benchmarks.md");
 
 fn main() {
@@ -137,8 +139,8 @@ async fn end_of_input() {
 /// A process that ends with its handle.
 struct Party {
     child: Child,
-    /// Whose CPU time counts; nginx works in a child of its own.
-    pid: u32,
+    /// Whose CPU time counts; nginx works in children of its own.
+    pids: Vec<u32>,
 }
 
 impl Drop for Party {
@@ -152,7 +154,7 @@ impl Drop for Party {
 impl Party {
     fn start(command: &mut Command) -> Self {
         let child = command.stdin(Stdio::piped()).spawn().unwrap();
-        Self { pid: child.id(), child }
+        Self { pids: vec![child.id()], child }
     }
 
     /// Starts it and takes in its first line of output, a JSON object.
@@ -170,10 +172,12 @@ impl Party {
 
     /// Microseconds of CPU time since its start.
     fn cpu(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        let ticks: f64 = fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap()).sum();
-        ticks * 1e6 / 100.0
+        let ticks = self.pids.iter().map(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>()
+        });
+        ticks.sum::<f64>() * 1e6 / 100.0
     }
 }
 
@@ -188,9 +192,11 @@ impl Server {
         Self { party, address: about["listen"].as_str().unwrap().parse().unwrap() }
     }
 
-    fn baseline(size: usize) -> Self {
+    fn baseline(size: usize, threads: usize) -> Self {
         let itself = std::env::current_exe().unwrap();
-        Self::of(Party::introduced(Command::new(itself).args(["role:baseline", &size.to_string()])))
+        let mut command = Command::new(itself);
+        command.args(["role:baseline", &size.to_string()]).env(THREADS, threads.to_string());
+        Self::of(Party::introduced(&mut command))
     }
 }
 
@@ -211,13 +217,9 @@ impl World {
         Self { _party: party, about, directory, redis: Redis::start() }
     }
 
-    fn relay(&self, with_redis: bool) -> Server {
-        // Room for all addresses of a round, whatever order they come in.
-        // One tenant asks for all of them; the limiter is to count, not to hold back.
-        self.relay_of(with_redis, "512MiB", "1000")
-    }
-
-    fn relay_of(&self, with_redis: bool, memory: &str, concurrency: &str) -> Server {
+    /// A relay with room for all addresses of a round, whatever order they come in. One tenant asks for all of them;
+    /// the limiter is to count, not to hold back.
+    fn relay(&self, with_redis: bool, changes: &[(&str, &str)]) -> Server {
         let text = |name: &str| self.about[name].as_str().unwrap();
         // Another build can be named, to compare two.
         let binary = std::env::var("BENCH_RELAY");
@@ -231,9 +233,10 @@ impl World {
             .env("RELAY_CYBERSCAN_HOSTS", text("cyberscan"))
             .env("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128")
             .env("RELAY_EGRESS_EXTRA_CA_FILE", self.directory.path().join("ca.pem"))
-            .env("RELAY_CACHE_MEMORY", memory)
-            .env("RELAY_LIMITER_CONCURRENCY", concurrency)
-            .env("RELAY_LIMITER_QUEUE", "1000");
+            .env("RELAY_CACHE_MEMORY", "512MiB")
+            .env("RELAY_LIMITER_CONCURRENCY", "1000")
+            .env("RELAY_LIMITER_QUEUE", "1000")
+            .envs(changes.iter().copied());
         if with_redis {
             command.env("RELAY_REDIS_URL", format!("redis://127.0.0.1:{}", self.redis.port));
             // What requests send to Redis is counted; the worker's warm start would be among it.
@@ -245,36 +248,35 @@ impl World {
     }
 
     /// nginx with its cache in front of `upstream`, keyed by what decides an answer of the relay.
-    fn nginx(&self, upstream: &Server) -> Option<Server> {
+    fn nginx(&self, upstream: &Server, workers: usize) -> Server {
         let (place, port) = (self.directory.path().display(), free_port());
         let configuration = format!(
-            "worker_processes 1; daemon off; pid {place}/nginx.pid; error_log {place}/error.log; user root;
+            "worker_processes {workers}; daemon off; pid {place}/nginx.pid; error_log {place}/error.log; user root;
              events {{ worker_connections 256; }}
              http {{ access_log {place}/access.log combined buffer=64k flush=1s; keepalive_requests 1000000000; client_body_temp_path {place}/body;
                proxy_temp_path {place}/temp; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;
                proxy_cache_path {place}/cache keys_zone=answers:10m;
-               server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{};
+               server {{ listen 127.0.0.1:{port} reuseport; location / {{ proxy_pass http://{};
                  proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_cache answers; proxy_cache_methods POST; proxy_cache_valid 200 1h;
                  proxy_cache_key $uri$http_authorization$request_body; }} }} }}",
             upstream.address
         );
         let file = self.directory.path().join("nginx.conf");
         std::fs::write(&file, configuration).unwrap();
-        let mut command = Command::new("nginx");
-        let version = command.arg("-v").stderr(Stdio::null()).status();
-        if !version.is_ok_and(|status| status.success()) {
-            return None;
-        }
         let mut party = Party::start(Command::new("nginx").arg("-c").arg(file).stderr(Stdio::null()));
         wait_for_port(port);
-        let children = format!("/proc/{0}/task/{0}/children", party.pid);
-        let children = std::fs::read_to_string(children).unwrap();
-        let works = |child: &&str| {
-            let title = std::fs::read_to_string(format!("/proc/{child}/cmdline"));
-            title.is_ok_and(|title| title.contains("worker process"))
+        let children = format!("/proc/{0}/task/{0}/children", party.child.id());
+        let title = |child: &str| std::fs::read_to_string(format!("/proc/{child}/cmdline"));
+        let works = |child: &&str| title(child).is_ok_and(|title| title.contains("worker process"));
+        let workers_now = || -> Vec<u32> {
+            let children = std::fs::read_to_string(&children).unwrap();
+            children.split_whitespace().filter(works).map(|child| child.parse().unwrap()).collect()
         };
-        party.pid = children.split_whitespace().find(works).unwrap().parse().unwrap();
-        Some(Server { party, address: ([127, 0, 0, 1], port).into() })
+        while workers_now().len() < workers {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        party.pids = workers_now();
+        Server { party, address: ([127, 0, 0, 1], port).into() }
     }
 }
 
@@ -323,6 +325,10 @@ impl Redis {
 
 fn free_port() -> u16 {
     StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().unwrap().get()
 }
 
 fn wait_for_port(port: u16) {
@@ -420,6 +426,12 @@ fn repeated(addresses: &[&str]) -> impl Fn(u64) -> Option<String> + use<> {
     move |_| Some(question.clone())
 }
 
+/// A thousand answers, so that everything is in memory; how many bytes one has.
+fn size_of_answer(server: &Server, token: &str, question: impl Fn(u64) -> Option<String>) -> usize {
+    let sample = load(server, token, |k| (k < 1000).then(|| question(k)).flatten());
+    usize::try_from(sample.bytes / sample.answers).unwrap()
+}
+
 /// One request, so that the relay has its keys, tokens and connections.
 fn warm_up(server: &Server, token: &str) {
     let question = question(["203.0.113.25".to_owned()].into_iter());
@@ -444,28 +456,36 @@ fn bench(only: Option<&String>) {
 
     let many: Vec<String> = (0..MANY).map(|n| format!("198.18.0.{n}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    let relay = world.relay(false);
-    for (name, addresses) in
-        [("L1 hit, 1 observable, 7 vulnerabilities", &[SEVEN][..]), ("L1 hit, 25 observables", &many)]
-    {
-        if !wanted(name) {
-            continue;
-        }
-        let question = repeated(addresses);
-        let sample = load(&relay, token, |k| (k < 1000).then(|| question(k)).flatten());
-        let baseline = Server::baseline(usize::try_from(sample.bytes / sample.answers).unwrap());
-        let run = || (load(&relay, token, &question), load(&baseline, token, &question));
-        outcomes.push(report(name, (0..ROUNDS).map(|_| run()).collect()));
-        let nginx = "nginx proxy_cache, the same bytes as the first row";
-        if addresses.len() == 1
-            && let Some(cache) = world.nginx(&baseline)
-        {
-            load(&cache, token, |k| (k < 1000).then(|| question(k)).flatten());
-            let run = || (load(&cache, token, &question), load(&baseline, token, &question));
-            outcomes.push(report(nginx, (0..ROUNDS).map(|_| run()).collect()));
+    for (threads, names) in [
+        (1, ["L1 hit, 1 observable, one thread", "nginx proxy_cache, the same bytes, one worker"]),
+        (
+            cores(),
+            [
+                "L1 hit, 1 observable, a thread per core",
+                "nginx proxy_cache, the same bytes, a worker per core",
+            ],
+        ),
+    ] {
+        if names.iter().any(|name| wanted(name)) {
+            let relay = world.relay(false, &[(THREADS, &threads.to_string())]);
+            let question = repeated(&[SEVEN]);
+            let baseline = Server::baseline(size_of_answer(&relay, token, &question), threads);
+            let cache = world.nginx(&baseline, threads);
+            size_of_answer(&cache, token, &question);
+            let run = || [&relay, &cache, &baseline].map(|server| load(server, token, &question));
+            let rounds: Vec<_> = (0..ROUNDS).map(|_| run()).collect();
+            for (name, subject) in names.into_iter().zip(0..) {
+                outcomes.push(report(name, rounds.iter().map(|runs| (runs[subject], runs[2])).collect()));
+            }
         }
     }
-    drop(relay);
+    let name = "L1 hit, 25 observables";
+    if wanted(name) {
+        let (relay, question) = (world.relay(false, &[]), repeated(&many));
+        let baseline = Server::baseline(size_of_answer(&relay, token, &question), cores());
+        let run = || (load(&relay, token, &question), load(&baseline, token, &question));
+        outcomes.push(report(name, (0..ROUNDS).map(|_| run()).collect()));
+    }
 
     let names =
         ["L2 hit, 25 observables", "miss, 1 observable, with Redis", "miss, 1 observable, without Redis"];
@@ -489,9 +509,9 @@ fn bench(only: Option<&String>) {
 
 /// A relay with room for 64 MiB of answers is asked about a million domains.
 fn memory(world: &World, token: &str) {
-    let relay = world.relay_of(false, "64MiB", "32");
+    let relay = world.relay(false, &[("RELAY_CACHE_MEMORY", "64MiB"), ("RELAY_LIMITER_CONCURRENCY", "32")]);
     let status = |name: &str| {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.pid)).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
     };
@@ -528,11 +548,11 @@ fn cold_round(world: &World, token: &str) -> [(Run, Run); 3] {
         world.redis.ask("CONFIG RESETSTAT", "+OK\r\n");
         let run = load(relay, token, |k| distinct(k, count));
         let size = usize::try_from(run.bytes / run.answers).unwrap();
-        (run, load(&Server::baseline(size), token, |k| distinct(k, count)))
+        (run, load(&Server::baseline(size, cores()), token, |k| distinct(k, count)))
     };
-    let alone = beside(&world.relay(false), 1);
+    let alone = beside(&world.relay(false, &[]), 1);
     world.redis.ask("FLUSHALL", "+OK\r\n");
-    let filling = world.relay(true);
+    let filling = world.relay(true, &[]);
     let with_redis = beside(&filling, 1);
     // The rest of the addresses, and the writes behind the answers.
     for first in (0..ADDRESSES / MANY).map(u64::from).step_by(100) {
@@ -548,7 +568,7 @@ fn cold_round(world: &World, token: &str) -> [(Run, Run); 3] {
         std::thread::sleep(Duration::from_millis(300));
     }
     drop(filling);
-    let shared = beside(&world.relay(true), MANY);
+    let shared = beside(&world.relay(true, &[]), MANY);
     // One round trip per request, and nothing was asked for one by one.
     assert_eq!((world.redis.count("mget"), world.redis.count("evalsha")), (shared.0.answers, 0));
     [shared, with_redis, alone]
@@ -604,7 +624,7 @@ fn write_down(outcomes: &[Outcome]) {
             .collect();
     let mut text = format!(
         "{} × {}; {}. {ROUNDS} rounds ({COLD_ROUNDS} of the cold cases) of at most {} s, {CONNECTIONS} connections.\n\n",
-        std::thread::available_parallelism().map_or(1, usize::from),
+        cores(),
         model.unwrap_or("unknown processor"),
         versions.join("; "),
         RUN.as_secs()
