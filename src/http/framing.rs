@@ -225,7 +225,7 @@ impl<IO> Guard<IO> {
     /// The next line without its CRLF, once all of it is here.
     fn next_line(&mut self) -> Result<Option<Range<usize>>, Refusal> {
         let rest = self.bytes(self.searched..self.buf.len());
-        let Some(at) = rest.iter().position(|&byte| byte == b'\n') else {
+        let Some(at) = memchr::memchr(b'\n', rest) else {
             self.searched = self.buf.len();
             return Ok(None);
         };
