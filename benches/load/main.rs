@@ -14,29 +14,24 @@
     reason = "a bench: it prints, reads real time and ends at the first thing that is not as it should be"
 )]
 
+mod ladder;
+mod parties;
+
 use std::{
     fmt::Write as _,
-    io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
-    process::{Child, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use cyberscan_relay::{
-    http::server::{self, serve},
-    metrics::Metrics,
-    sandbox::{Options, Sandbox},
-};
 use futures_util::future::join_all;
 use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper_util::{rt::TokioIo, service::TowerToHyperService};
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
-use warp::Filter;
 
-const AUDIENCE: &str = "https://relay.bench";
+use parties::{SEVEN, Server, THREADS, World, baseline, cores, world};
+
 /// Rounds of relay and baseline per case.
 const ROUNDS: usize = 15;
 /// Rounds of the cases that need fresh relays.
@@ -51,291 +46,15 @@ const ADDRESSES: u32 = 20_000;
 const DISTINCT: u64 = 1_000_000;
 /// Observables in a large request.
 const MANY: u32 = 25;
-/// An address with seven vulnerabilities.
-const SEVEN: &str = "192.0.2.7";
-/// What tokio is told the number of its threads by.
-const THREADS: &str = "TOKIO_WORKER_THREADS";
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/benchmarks.md");
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match (arguments.get(1).map(String::as_str), arguments.get(2)) {
-        (Some("role:world"), _) => world(),
+        (Some("role:world"), Some(ms)) => world(Duration::from_millis(ms.parse().unwrap())),
         (Some("role:baseline"), Some(size)) => baseline(size.parse().unwrap()),
         // cargo adds `--bench`.
         _ => bench(arguments.iter().skip(1).find(|it| !it.starts_with('-'))),
-    }
-}
-
-// ---- the parties ----
-
-/// CyberScan and the key issuer, until standard input ends.
-#[tokio::main]
-async fn world() {
-    let sandbox = Sandbox::start(Options::default()).await.unwrap();
-    let finding = |n: u32| {
-        json!({
-            "name": format!("OpenSSH user enumeration, variant {n}"), "family": "General", "severity": "Medium",
-            "description": "The remote host tells users that exist from users that do not, by the time it takes to refuse them.",
-            "port": 22, "protocol": "tcp", "cve": format!("CVE-2018-1547{n}"), "cvss": 5.3, "confidence": 80
-        })
-    };
-    let findings: Vec<Value> = (0..7).map(finding).collect();
-    sandbox.cyberscan.set_vulnerabilities(SEVEN, &json!({"ip": SEVEN, "vulnerabilities": findings}));
-    let about = json!({
-        "token": sandbox.token(AUDIENCE),
-        "ca": sandbox.ca_pem,
-        "issuer": sandbox.issuer.host(),
-        "cyberscan": sandbox.cyberscan.host(),
-    });
-    println!("{about}");
-    let forget = async {
-        loop {
-            // It records every call; a long load would fill the memory.
-            sandbox.cyberscan.reset_counts();
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        }
-    };
-    tokio::select! {
-        () = forget => {}
-        () = end_of_input() => {}
-    }
-}
-
-/// warp with one route and one answer of `size` bytes, behind the relay's accept loop.
-#[tokio::main]
-async fn baseline(size: usize) {
-    let answer = Bytes::from(json!("x".repeat(size - 2)).to_string());
-    let route = warp::path!("observe" / "observables")
-        .and(warp::post())
-        .and(warp::body::bytes())
-        .map(move |_| {
-            let mut reply = warp::reply::Response::new(answer.clone().into());
-            let json = header::HeaderValue::from_static("application/json");
-            reply.headers_mut().insert(header::CONTENT_TYPE, json);
-            reply
-        })
-        .boxed();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    println!("{}", json!({"listen": listener.local_addr().unwrap()}));
-    let config = server::Config {
-        max_connections: 4096.try_into().unwrap(),
-        header_timeout: Duration::from_secs(10),
-        idle_timeout: Duration::from_secs(75),
-        shutdown_timeout: Duration::from_secs(1),
-    };
-    let shutdown = CancellationToken::new();
-    let service = TowerToHyperService::new(warp::service(route));
-    tokio::select! {
-        () = serve(listener, service, config, Metrics::new(), shutdown) => {}
-        () = end_of_input() => {}
-    }
-}
-
-async fn end_of_input() {
-    let _ = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await;
-}
-
-/// A process that ends with its handle.
-struct Party {
-    child: Child,
-    /// Whose CPU time counts; nginx works in children of its own.
-    pids: Vec<u32>,
-}
-
-impl Drop for Party {
-    fn drop(&mut self) {
-        // nginx's workers end with their master only if it is asked politely.
-        let _ = Command::new("kill").arg(self.child.id().to_string()).status();
-        let _ = self.child.wait();
-    }
-}
-
-impl Party {
-    fn start(command: &mut Command) -> Self {
-        let child = command.stdin(Stdio::piped()).spawn().unwrap();
-        Self { pids: vec![child.id()], child }
-    }
-
-    /// Starts it and takes in its first line of output, a JSON object.
-    fn introduced(command: &mut Command) -> (Self, Value) {
-        let mut party = Self::start(command.stdout(Stdio::piped()));
-        let mut output = BufReader::new(party.child.stdout.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("\"listen\"") && !line.contains("\"token\"") {
-            line.clear();
-            assert_ne!(output.read_line(&mut line).unwrap(), 0, "it ended before it was ready: {command:?}");
-        }
-        std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-        (party, serde_json::from_str(&line).unwrap())
-    }
-
-    /// Microseconds of CPU time since its start.
-    fn cpu(&self) -> f64 {
-        let ticks = self.pids.iter().map(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-            fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>()
-        });
-        ticks.sum::<f64>() * 1e6 / 100.0
-    }
-}
-
-/// A party that answers HTTP.
-struct Server {
-    party: Party,
-    address: SocketAddr,
-}
-
-impl Server {
-    fn of((party, about): (Party, Value)) -> Self {
-        Self { party, address: about["listen"].as_str().unwrap().parse().unwrap() }
-    }
-
-    fn baseline(size: usize, threads: usize) -> Self {
-        let itself = std::env::current_exe().unwrap();
-        let mut command = Command::new(itself);
-        command.args(["role:baseline", &size.to_string()]).env(THREADS, threads.to_string());
-        Self::of(Party::introduced(&mut command))
-    }
-}
-
-/// Everything relays need.
-struct World {
-    _party: Party,
-    about: Value,
-    directory: tempfile::TempDir,
-    redis: Redis,
-}
-
-impl World {
-    fn start() -> Self {
-        let itself = std::env::current_exe().unwrap();
-        let (party, about) = Party::introduced(Command::new(itself).arg("role:world"));
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("ca.pem"), about["ca"].as_str().unwrap()).unwrap();
-        Self { _party: party, about, directory, redis: Redis::start() }
-    }
-
-    /// A relay with room for all addresses of a round, whatever order they come in. One tenant asks for all of them;
-    /// the limiter is to count, not to hold back.
-    fn relay(&self, with_redis: bool, changes: &[(&str, &str)]) -> Server {
-        let text = |name: &str| self.about[name].as_str().unwrap();
-        // Another build can be named, to compare two.
-        let binary = std::env::var("BENCH_RELAY");
-        let binary = binary.unwrap_or_else(|_| env!("CARGO_BIN_EXE_cyberscan-relay").to_owned());
-        let mut command = Command::new(binary);
-        command
-            .env("RELAY_LISTEN", "127.0.0.1:0")
-            .env("RELAY_ADMIN_LISTEN", "127.0.0.1:0")
-            .env("RELAY_AUTH_AUDIENCES", AUDIENCE)
-            .env("RELAY_AUTH_JWKS_HOSTS", text("issuer"))
-            .env("RELAY_CYBERSCAN_HOSTS", text("cyberscan"))
-            .env("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128")
-            .env("RELAY_EGRESS_EXTRA_CA_FILE", self.directory.path().join("ca.pem"))
-            .env("RELAY_CACHE_MEMORY", "512MiB")
-            .env("RELAY_LIMITER_CONCURRENCY", "1000")
-            .env("RELAY_LIMITER_QUEUE", "1000")
-            .envs(changes.iter().copied());
-        if with_redis {
-            command.env("RELAY_REDIS_URL", format!("redis://127.0.0.1:{}", self.redis.port));
-            // What requests send to Redis is counted; the worker's warm start would be among it.
-            command.env("RELAY_WORKER_ENABLED", "false");
-            // A machine that is busy for a moment must not turn an L2 hit into a miss.
-            command.env("RELAY_REDIS_TIMEOUT", "2s");
-        }
-        Server::of(Party::introduced(&mut command))
-    }
-
-    /// nginx with its cache in front of `upstream`, keyed by what decides an answer of the relay.
-    fn nginx(&self, upstream: &Server, workers: usize) -> Server {
-        let (place, port) = (self.directory.path().display(), free_port());
-        let configuration = format!(
-            "worker_processes {workers}; daemon off; pid {place}/nginx.pid; error_log {place}/error.log; user root;
-             events {{ worker_connections 256; }}
-             http {{ access_log {place}/access.log combined buffer=64k flush=1s; keepalive_requests 1000000000; client_body_temp_path {place}/body;
-               proxy_temp_path {place}/temp; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;
-               proxy_cache_path {place}/cache keys_zone=answers:10m;
-               server {{ listen 127.0.0.1:{port} reuseport; location / {{ proxy_pass http://{};
-                 proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_cache answers; proxy_cache_methods POST; proxy_cache_valid 200 1h;
-                 proxy_cache_key $uri$http_authorization$request_body; }} }} }}",
-            upstream.address
-        );
-        let file = self.directory.path().join("nginx.conf");
-        std::fs::write(&file, configuration).unwrap();
-        let mut party = Party::start(Command::new("nginx").arg("-c").arg(file).stderr(Stdio::null()));
-        wait_for_port(port);
-        let children = format!("/proc/{0}/task/{0}/children", party.child.id());
-        let title = |child: &str| std::fs::read_to_string(format!("/proc/{child}/cmdline"));
-        let works = |child: &&str| title(child).is_ok_and(|title| title.contains("worker process"));
-        let workers_now = || -> Vec<u32> {
-            let children = std::fs::read_to_string(&children).unwrap();
-            children.split_whitespace().filter(works).map(|child| child.parse().unwrap()).collect()
-        };
-        while workers_now().len() < workers {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        party.pids = workers_now();
-        Server { party, address: ([127, 0, 0, 1], port).into() }
-    }
-}
-
-struct Redis {
-    _party: Party,
-    port: u16,
-}
-
-impl Redis {
-    fn start() -> Self {
-        let port = free_port();
-        let mut command = Command::new("redis-server");
-        command.args([
-            "--port",
-            &port.to_string(),
-            "--save",
-            "",
-            "--bind",
-            "127.0.0.1",
-            "--loglevel",
-            "warning",
-        ]);
-        let party = Party::start(command.stdout(Stdio::null()));
-        wait_for_port(port);
-        Self { _party: party, port }
-    }
-
-    /// The answer to an inline command, which ends with `end`.
-    fn ask(&self, command: &str, end: &str) -> String {
-        let mut stream = StdStream::connect(("127.0.0.1", self.port)).unwrap();
-        write!(stream, "{command}\r\n").unwrap();
-        let (mut answer, mut part) = (Vec::new(), [0; 4096]);
-        while !answer.ends_with(end.as_bytes()) {
-            let read = stream.read(&mut part).unwrap();
-            answer.extend_from_slice(&part[..read]);
-        }
-        String::from_utf8(answer).unwrap()
-    }
-
-    fn count(&self, command: &str) -> u64 {
-        let stats = self.ask("INFO commandstats", "\r\n\r\n");
-        let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
-        line.map_or(0, |line| line.split(',').next().unwrap().parse().unwrap())
-    }
-}
-
-fn free_port() -> u16 {
-    StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().unwrap().get()
-}
-
-fn wait_for_port(port: u16) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while StdStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(Instant::now() < deadline, "nobody listens on port {port}");
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -450,8 +169,8 @@ struct Outcome {
 
 fn bench(only: Option<&String>) {
     let wanted = |name: &str| only.is_none_or(|only| name.contains(only.as_str()));
-    let world = World::start();
-    let token = world.about["token"].as_str().unwrap();
+    let world = World::start(Duration::ZERO);
+    let token = world.token();
     let mut outcomes = Vec::new();
 
     let many: Vec<String> = (0..MANY).map(|n| format!("198.18.0.{n}")).collect();
@@ -502,6 +221,9 @@ fn bench(only: Option<&String>) {
     if only.is_none() {
         write_down(&outcomes);
     }
+    if wanted("ladder") {
+        replace("ladder", &ladder::climb());
+    }
     if wanted("memory") {
         memory(&world, token);
     }
@@ -511,7 +233,7 @@ fn bench(only: Option<&String>) {
 fn memory(world: &World, token: &str) {
     let relay = world.relay(false, &[("RELAY_CACHE_MEMORY", "64MiB"), ("RELAY_LIMITER_CONCURRENCY", "32")]);
     let status = |name: &str| {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.child.id())).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.party.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
     };
@@ -558,15 +280,7 @@ fn cold_round(world: &World, token: &str) -> [(Run, Run); 3] {
     for first in (0..ADDRESSES / MANY).map(u64::from).step_by(100) {
         load(&filling, token, |k| (k < 100).then(|| distinct(first + k, MANY)).flatten());
     }
-    // Each write is followed by an event; when none comes any more, all are there.
-    let written = || world.redis.count("xadd");
-    let deadline = Instant::now() + Duration::from_secs(30);
-    let mut before = 0;
-    while before < ADDRESSES.into() || before < written() {
-        assert!(Instant::now() < deadline, "only {} values are in Redis", written());
-        before = written();
-        std::thread::sleep(Duration::from_millis(300));
-    }
+    world.wait_until_written(ADDRESSES);
     drop(filling);
     let shared = beside(&world.relay(true, &[]), MANY);
     // One round trip per request, and nothing was asked for one by one.
