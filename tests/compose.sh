@@ -313,6 +313,15 @@ check "Prometheus sees the demo's traffic" within 90 above 'sum(rate(relay_reque
 check "Prometheus sees answers from memory" within 60 above 'sum(relay_cache_lookups_total{tier="memory",outcome="fresh"})' 0
 check "Prometheus sees that Redis answers the demo's relay" within 60 above 'relay_redis_up{instance=~"relay-demo(:.*)?"}' 0
 check "Prometheus has taken the rules" sh -c "curl -s 'http://$(port prometheus 9090)/api/v1/rules' | grep -q RelayErrorBudgetBurn"
+if [ -n "$grafana" ]; then
+    # The password by standard input: an argument is for all to see.
+    grafana() { printf 'user = "admin:%s"\n' "$(cat "$secrets/grafana-admin-password")" | get --config - "http://$(port grafana 3000)/api/$1"; }
+    check "Grafana reaches Prometheus" within 30 grafana datasources/uid/cyberscan-relay-prometheus/health
+    for board in dashboards/*.json; do
+        uid="$(sed -n 's/^  "uid": "\(.*\)",$/\1/p' "$board")"
+        check "Grafana has taken $board" within 60 grafana "dashboards/uid/$uid"
+    done
+fi
 docker cp "$(container sandbox):/sandbox/token" "$work/token" >/dev/null 2>&1 || true
 observe() {
     curl --silent --max-time 10 -H "Authorization: Bearer $(tr -d '\n' <"$work/token")" -H 'Content-Type: application/json' \

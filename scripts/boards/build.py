@@ -144,6 +144,7 @@ class Board:
             "textMode": "value",
             "wideLayout": True,
             "showPercentChange": False,
+            "percentChangeColorMode": "standard",
         }
         self.add("stat", title, description, unit, [target(expr, title)], options, defaults, [], width, 4)
 
@@ -200,7 +201,6 @@ class Board:
                 "description": description,
                 "type": "query",
                 "datasource": DATASOURCE,
-                "definition": query,
                 "query": {"qryType": 1, "query": query, "refId": f"Variable-{name}"},
                 "refresh": 2,
                 "sort": 1,
@@ -221,8 +221,7 @@ class Board:
                 "hide": False,
                 "iconColor": colour,
                 "datasource": DATASOURCE,
-                "expr": expr,
-                "step": "60s",
+                "target": {"refId": "Anno", "expr": expr, "interval": "60s"},
                 "titleFormat": title,
                 "textFormat": text,
                 "useValueForTime": False,
@@ -269,7 +268,6 @@ class Board:
                         "refresh": 1,
                         "multi": False,
                         "includeAll": False,
-                        "current": {},
                         "options": [],
                         "regex": "",
                         "hide": 0,

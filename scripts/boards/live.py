@@ -108,7 +108,7 @@ def check_board(board, grafana, saved):
                 yield f"{name}: variable {variable['name']}: has no values"
     for annotation in board["annotations"]["list"]:
         try:
-            grafana.query(annotation["expr"])
+            grafana.query(annotation["target"]["expr"])
         except ValueError as reason:
             yield f"{name}: annotation {annotation['name']}: {reason}"
     for panel in board["panels"]:

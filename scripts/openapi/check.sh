@@ -8,7 +8,6 @@ set -eu
 cd "$(dirname "$0")/../.."
 target="${CARGO_TARGET_DIR:-target}"
 binary="${1:-$target/debug/cyberscan-relay}"
-tools="$target/tools/openapi"
 examples="${EXAMPLES:-40}"
 seed="${SEED:-1}"
 work="$(mktemp -d)"
@@ -37,22 +36,7 @@ die() {
     exit 1
 }
 
-install_tools() {
-    # Debian has the module venv in a package of its own.
-    python3 -c 'import ensurepip, venv' 2>/dev/null || {
-        if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
-            die "python3 with venv is missing: apt-get install python3-venv"
-        fi
-        { DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-venv ||
-            { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-venv; }; } >"$work/apt" 2>&1 ||
-            { cat "$work/apt" >&2; die "python3-venv cannot be installed"; }
-    }
-    rm -rf "$tools"
-    { python3 -m venv "$tools" && "$tools/bin/pip" -q --disable-pip-version-check install -r scripts/openapi/requirements.txt; } >"$work/pip" 2>&1 ||
-        { cat "$work/pip" >&2; die "the tools cannot be installed with python3 and pip"; }
-    cp scripts/openapi/requirements.txt "$tools/installed"
-}
-cmp -s scripts/openapi/requirements.txt "$tools/installed" || install_tools
+tools="$(scripts/need-python.sh openapi scripts/openapi/requirements.txt)"
 export PYTHONDONTWRITEBYTECODE=1
 python="$tools/bin/python"
 
