@@ -114,25 +114,24 @@ impl Entry {
         if self.endpoint == Endpoint::Other && status.is_success() {
             return;
         }
-        self.span.within(|| {
-            info!(
-                target: "access",
-                id = self.id,
-                endpoint = self.endpoint.as_str(),
-                tenant = account.tenant.as_deref(),
-                status = status.as_u16(),
-                outcome = answered.as_str(),
-                ms = (took * 1e6).round() / 1e3,
-                observables = account.observables,
-                memory = count(|tally| &tally.memory),
-                redis = count(|tally| &tally.redis),
-                upstream = count(|tally| &tally.upstream),
-                stale = count(|tally| &tally.stale),
-                failed = count(|tally| &tally.failed),
-                codes = (!account.codes.is_empty()).then(|| account.codes.join(",")),
-                asked,
-            );
-        });
+        let _current = self.span.enter();
+        info!(
+            target: "access",
+            id = self.id,
+            endpoint = self.endpoint.as_str(),
+            tenant = account.tenant.as_deref(),
+            status = status.as_u16(),
+            outcome = answered.as_str(),
+            ms = (took * 1e6).round() / 1e3,
+            observables = account.observables,
+            memory = count(|tally| &tally.memory),
+            redis = count(|tally| &tally.redis),
+            upstream = count(|tally| &tally.upstream),
+            stale = count(|tally| &tally.stale),
+            failed = count(|tally| &tally.failed),
+            codes = (!account.codes.is_empty()).then(|| account.codes.join(",")),
+            asked,
+        );
     }
 }
 

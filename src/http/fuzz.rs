@@ -28,6 +28,7 @@ use crate::{
     egress::{self, HostPatterns, Http},
     enrich::{self, Enricher},
     metrics::Metrics,
+    trace::Traces,
 };
 
 /// A request body.

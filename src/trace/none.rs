@@ -10,7 +10,7 @@ use crate::egress;
 
 /// No traces.
 #[derive(Clone, Debug, Default)]
-pub struct Traces;
+pub struct Traces(());
 
 /// Nothing that is recorded.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Traces {
         _: &TaskTracker,
         _: CancellationToken,
     ) -> anyhow::Result<Self> {
-        Ok(Self)
+        Ok(Self(()))
     }
 
     pub(crate) fn request<B>(&self, _: &Request<B>, _: impl Fn(&str) -> Option<&'static str>) -> Span {
@@ -36,8 +36,8 @@ impl Span {
         future
     }
 
-    pub(crate) fn within<T>(&self, action: impl FnOnce() -> T) -> T {
-        action()
+    pub(crate) fn enter(&self) -> Self {
+        Self
     }
 
     pub(crate) fn tell(&self, _: impl FnOnce(&mut Facts)) {}

@@ -9,7 +9,7 @@ use std::{
 
 use http::{HeaderMap, Request};
 use opentelemetry::{
-    Context, KeyValue, Value,
+    Context, ContextGuard, KeyValue, Value,
     trace::{
         SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId, TraceState, Tracer,
         TracerProvider,
@@ -117,10 +117,9 @@ impl Span {
         under(self.0.clone(), future)
     }
 
-    /// Does `action` with this span as the current one.
-    pub(crate) fn within<T>(&self, action: impl FnOnce() -> T) -> T {
-        let _current = self.0.clone().map(Context::attach);
-        action()
+    /// Makes this span the current one for as long as what is returned is kept.
+    pub(crate) fn enter(&self) -> Option<ContextGuard> {
+        self.0.clone().map(Context::attach)
     }
 
     /// Has it say what `tell` knows.
