@@ -8,6 +8,8 @@ ARG RUST_IMAGE=rust:1.95-bookworm
 ARG BASE_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM ${RUST_IMAGE} AS build
+# `otel`: the relay can send traces.
+ARG RELAY_FEATURES=
 WORKDIR /src
 # The dependencies first, with a program that does nothing: this layer stays until Cargo.toml or Cargo.lock changes.
 # Cargo insists on the files of the benches it is not going to build.
@@ -17,14 +19,14 @@ RUN mkdir src benches \
     && touch src/lib.rs \
     && sed -n '/^\[\[bench\]\]/,/^name/s/^name = "\(.*\)"/\1/p' Cargo.toml > benches/names \
     && while read -r bench; do touch "benches/$bench.rs"; done < benches/names \
-    && cargo build --release --locked --bin cyberscan-relay
+    && cargo build --release --locked --features "${RELAY_FEATURES}" --bin cyberscan-relay
 COPY config config
 COPY src src
 # Shown by the metric relay_build_info. Below the dependencies: every commit changes it.
 ARG RELAY_REVISION=unknown
 # The sources are older than the program that does nothing, so cargo has to be told that they are new.
 RUN touch src/lib.rs src/main.rs \
-    && cargo build --release --locked --bin cyberscan-relay
+    && cargo build --release --locked --features "${RELAY_FEATURES}" --bin cyberscan-relay
 
 FROM ${BASE_IMAGE}
 # Of Cargo.toml; scripts/deploy/check.sh compares them.

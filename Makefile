@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test fuzz bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test test-otel fuzz bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -14,6 +14,12 @@ test:
 	scripts/need-redis.sh
 	scripts/need.sh openssl openssl
 	$(CARGO) test --locked --quiet
+
+## What the feature otel adds.
+test-otel:
+	scripts/need-redis.sh
+	$(CARGO) test --locked --quiet --features otel --lib -- trace:: telemetry::
+	$(CARGO) test --locked --quiet --features otel --test it -- otel::
 
 ## Fuzz every place where input comes in, each for so many seconds: `make fuzz SECONDS=60`.
 fuzz:
@@ -36,11 +42,12 @@ trials:
 	scripts/need-redis.sh
 	RELAY_TRIAL_SECONDS=$(or $(SECONDS),30) $(CARGO) test --locked --test overload -- --nocapture
 
-## Formatting, clippy, and the rules for dependencies.
+## Formatting, clippy with and without traces, and the rules for dependencies.
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --all-targets --features otel -- -D warnings
 	scripts/deny.sh
 
 ## What the binary is made of (CycloneDX, JSON), into target/sbom.
@@ -72,5 +79,5 @@ openapi:
 	scripts/openapi/check.sh
 
 ## Everything that has to hold before a change lands.
-ci: lint test fuzz doc boards deploy-check page openapi
+ci: lint test test-otel fuzz doc boards deploy-check page openapi
 	$(CARGO) run --locked --quiet -- demo --once

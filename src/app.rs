@@ -20,6 +20,7 @@ use crate::{
     redis_pool::Redis,
     settings::Settings,
     telemetry::LogLevel,
+    trace::Traces,
     worker::Worker,
 };
 
@@ -43,7 +44,9 @@ pub async fn run(
     let clock = Clock::system();
     let tasks = TaskTracker::new();
     let metrics = Metrics::new();
+    let background = CancellationToken::new();
     let egress = Http::new(&settings.egress)?;
+    let traces = Traces::start(settings.traces.as_ref(), &settings.egress, &tasks, background.clone())?;
     let authenticator = Authenticator::new(
         settings.auth,
         settings.cyberscan.hosts.clone(),
@@ -65,7 +68,6 @@ pub async fn run(
     let client =
         Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
     let breaker = Breaker::new(client);
-    let background = CancellationToken::new();
     let cached = Cached::new(
         breaker.clone(),
         settings.cache,
@@ -83,7 +85,7 @@ pub async fn run(
     }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
     let relay = Relay::new(authenticator.clone(), enricher, clock, &settings.http, metrics.clone());
-    let service = http::service(&relay);
+    let service = http::service(&relay, traces);
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     if let Some((listener, log)) = admin {
         let (measured, cache) = (metrics.clone(), cached.clone());

@@ -14,6 +14,8 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use crate::trace;
+
 type Table<K, T> = Mutex<HashMap<K, watch::Receiver<Option<T>>>>;
 
 /// The attempts under way, by key. A cheap clone of one shared table.
@@ -72,13 +74,13 @@ where
 
         let landing = Landing { key, table: Arc::clone(&self.table) };
         let attempt = attempt();
-        self.tasks.spawn(async move {
+        self.tasks.spawn(trace::inherit(async move {
             // Taken out of the table before the outcome is told, so that whoever acts on a failure
             // starts anew instead of joining what has just failed.
             let value = attempt.await;
             drop(landing);
             sender.send_replace(Some(value));
-        });
+        }));
         outcome
     }
 

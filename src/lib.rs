@@ -7,6 +7,7 @@ pub mod clock;
 pub mod chance;
 pub mod flight;
 pub mod metrics;
+pub mod trace;
 pub mod redis_pool;
 pub mod egress;
 pub mod tenant;

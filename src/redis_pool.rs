@@ -22,13 +22,14 @@ use deadpool_redis::{
     sentinel,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, error::Elapsed, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::{
     flight::Flights,
-    metrics::{Metrics, Operation, RedisOutcome},
+    metrics::{Label, Metrics, Operation, RedisOutcome},
+    trace::{self, Stage},
 };
 
 /// Settings `redis.*`.
@@ -208,28 +209,25 @@ impl Redis {
             return Err(Unavailable);
         }
         let whole = async { Ok(action(self.link().await?).await) };
-        match timeout(self.0.timeout, whole).await {
+        let running = timeout(self.0.timeout, whole);
+        let outcome = trace::stage(Stage::Redis(operation), running, |outcome, facts| {
+            facts.text("db.system.name", "redis");
+            match came_to(outcome) {
+                RedisOutcome::Ok => {}
+                failure => facts.failed(failure.as_str()),
+            }
+        });
+        let outcome = outcome.await;
+        note(came_to(&outcome));
+        match outcome {
             Ok(Ok(Ok(value))) => {
-                note(RedisOutcome::Ok);
                 self.succeeded();
-                Ok(value)
+                return Ok(value);
             }
-            Ok(Ok(Err(error))) => {
-                note(if error.is_io_error() { RedisOutcome::Unreachable } else { RedisOutcome::Refused });
-                self.failed(Some(&error));
-                Err(Unavailable)
-            }
-            Ok(Err(Unavailable)) => {
-                note(RedisOutcome::Unreachable);
-                self.failed(None);
-                Err(Unavailable)
-            }
-            Err(_) => {
-                note(RedisOutcome::Timeout);
-                self.failed(None);
-                Err(Unavailable)
-            }
+            Ok(Ok(Err(error))) => self.failed(Some(&error)),
+            Ok(Err(Unavailable)) | Err(_) => self.failed(None),
         }
+        Err(Unavailable)
     }
 
     /// A connection of the caller's own, for reads that block.
@@ -349,6 +347,16 @@ impl Redis {
     /// Held for a few assignments; nothing in between can panic, so poison is ignored.
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What an operation came to, for the metrics.
+fn came_to<T>(outcome: &Result<Result<RedisResult<T>, Unavailable>, Elapsed>) -> RedisOutcome {
+    match outcome {
+        Ok(Ok(Ok(_))) => RedisOutcome::Ok,
+        Ok(Ok(Err(error))) if !error.is_io_error() => RedisOutcome::Refused,
+        Ok(Ok(Err(_)) | Err(Unavailable)) => RedisOutcome::Unreachable,
+        Err(_) => RedisOutcome::Timeout,
     }
 }
 

@@ -26,7 +26,7 @@ use url::Url;
 
 use crate::{
     admin, auth, cache, cache::policy::Policy, cyberscan, egress, enrich, http, limiter, redis_pool,
-    telemetry, worker,
+    telemetry, trace, worker,
 };
 
 /// The documented defaults are the defaults.
@@ -63,6 +63,8 @@ pub struct Settings {
     pub shutdown_delay: Duration,
     /// `log.*`
     pub log: telemetry::Config,
+    /// `telemetry.*`, if there is a collector.
+    pub traces: Option<trace::Config>,
     effective: Vec<Effective>,
 }
 
@@ -145,6 +147,8 @@ const KEYS: &[Key] = &[
     key("log.format"),
     key("log.level"),
     key("log.observables"),
+    key("telemetry.otlp_endpoint"),
+    key("telemetry.otlp_sampling"),
     key("admin.listen"),
     secret("admin.token"),
     secret("redis.url"),
@@ -306,6 +310,9 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let format = from.value("log.format", "json or text");
     let level = from.value("log.level", "a level such as info, or filter directives");
     let log_observables = from.value("log.observables", "true or false");
+    let otlp_endpoint =
+        from.optional::<trace::Endpoint>("telemetry.otlp_endpoint", "a URL such as http://127.0.0.1:4318");
+    let otlp_sampling = from.value::<Share>("telemetry.otlp_sampling", "a number from 0 to 1");
     let worker_enabled = from.value("worker.enabled", "true or false");
     let worker_budget = from.value::<Share>("worker.budget", "a number from 0 to 1");
     let worker_concurrency = from.value::<NonZeroUsize>("worker.concurrency", COUNT);
@@ -315,6 +322,9 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let admin_token = from.optional::<String>("admin.token", "a text");
     if deadline.is_some_and(|deadline| deadline < Duration::from_secs(1)) {
         from.fault::<()>("request.deadline", "expected at least 1s");
+    }
+    if cfg!(not(feature = "otel")) && matches!(otlp_endpoint, Some(Some(_))) {
+        from.fault::<()>("telemetry.otlp_endpoint", "this relay was built without the feature `otel`");
     }
 
     let settings = || {
@@ -392,6 +402,10 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             admin: admin::Config { token: admin_token?.map(Into::into) },
             shutdown_delay: shutdown_delay?,
             log: telemetry::Config { format: format?, level: level? },
+            traces: {
+                let Share(sampling) = otlp_sampling?;
+                otlp_endpoint?.map(|endpoint| trace::Config { endpoint, sampling })
+            },
             effective: std::mem::take(&mut from.effective),
         })
     };

@@ -38,7 +38,8 @@ use super::{AuthError, Config, IssuerAddress};
 use crate::{
     egress::{Http, client::Call},
     flight::Flights,
-    metrics::{Metrics, Success},
+    metrics::{Label, Metrics, Success},
+    trace::{self, Stage},
 };
 
 /// From this age on a set in use is refreshed in the background.
@@ -210,7 +211,12 @@ impl Shared {
     /// Fetches a set and puts it in the place of the old one; a failure leaves the old one alone.
     async fn renew(&self, name: &str) -> Result<(), Unavailable> {
         let issuer = self.issuers.get(name).ok_or(Unavailable)?;
-        let document = (self.download)(&issuer.address).await;
+        let document = trace::stage(Stage::KeySet, (self.download)(&issuer.address), |outcome, facts| {
+            if outcome.is_err() {
+                facts.failed(Success::Failed.as_str());
+            }
+        });
+        let document = document.await;
         let keys = document.and_then(|body| import(&body).ok_or_else(|| "not a key set".to_owned()));
         // An issuer that publishes no key at all has a fault: nobody could log in there any more.
         let keys = keys.and_then(|keys| match issuer.set.load().as_ref() {

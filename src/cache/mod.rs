@@ -55,9 +55,10 @@ use crate::{
         Vulnerabilities, tick,
     },
     flight::Flights,
-    metrics::{Flight, Metrics, Outcome, Resource, Tier},
+    metrics::{Flight, Label, Metrics, Outcome, Resource, Tier},
     redis_pool::Unavailable,
     tenant::TenantId,
+    trace::{self, Stage},
 };
 
 /// Settings `cache.*` and `auth.revalidate`.
@@ -353,7 +354,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
             None => {
                 self.count::<K>(Tier::Memory, Outcome::Miss);
-                let filled = self.fill_by::<K>(&key, call, subject, 0, call.deadline);
+                let filled = traced::<K>(self.fill_by::<K>(&key, call, subject, 0, call.deadline));
                 // Boxed: most look-ups are answered by memory and are not to carry the room for this about.
                 let filled = Box::pin(filled).await.inspect_err(|_| tick(&call.tally.failed))?;
                 if !filled.adopted {
@@ -373,7 +374,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Freshness::Due | Freshness::Revalidate => self.renew::<K>(&key, call, subject, kept.version),
             Freshness::IfError | Freshness::Dead => {
                 let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
-                match Box::pin(self.fill_by::<K>(&key, call, subject, kept.version, soft)).await {
+                let filled = traced::<K>(self.fill_by::<K>(&key, call, subject, kept.version, soft));
+                match Box::pin(filled).await {
                     Ok(filled) => {
                         self.note::<K>(call, &key, subject, &filled.kept);
                         return filled.kept.answer();
@@ -724,6 +726,19 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {
         self.0.metrics.cache_lookups.inc((K::RESOURCE, tier, outcome));
     }
+}
+
+/// A look-up that memory could not answer, as a span.
+fn traced<K: Kind>(
+    filling: impl Future<Output = Result<Filled, Error>>,
+) -> impl Future<Output = Result<Filled, Error>> {
+    trace::stage(Stage::LookUp(K::RESOURCE), filling, |outcome, facts| match outcome {
+        Ok(filled) => {
+            let tier = if filled.adopted { Tier::Redis } else { Tier::Upstream };
+            facts.text("relay.tier", tier.as_str());
+        }
+        Err(error) => facts.failed(error.as_str()),
+    })
 }
 
 /// What a fill comes to.

@@ -30,7 +30,8 @@ use crate::{
     clock::Clock,
     ctim::DomainName,
     egress::{self, HostPatterns, Http, Reply, Transport},
-    metrics::{Metrics, UpstreamCall, UpstreamOutcome},
+    metrics::{Decision, Label, Metrics, UpstreamCall, UpstreamOutcome},
+    trace::{self, Stage},
 };
 
 /// Settings `cyberscan.*`.
@@ -225,14 +226,19 @@ impl<A: Admission> Client<A> {
         if let Some(token) = token {
             headers.insert(header::AUTHORIZATION, token.header()?);
         }
-        let _permit = self.0.admission.admit(call).await?;
+        let turn = trace::stage(Stage::Turn, self.0.admission.admit(call), |outcome, facts| {
+            if outcome.is_err() {
+                facts.failed(Decision::Refused.as_str());
+            }
+        });
+        let _permit = turn.await?;
         {
             let mut budget = self.0.budget.lock().unwrap_or_else(PoisonError::into_inner);
             *budget = (*budget + BUDGET).min(10.0);
         }
         let sent = Instant::now();
         let deadline = call.deadline.min(sent + self.0.config.timeout);
-        let outcome = self.0.http.send(egress::client::Call {
+        let sending = self.0.http.send(egress::client::Call {
             method: request.method.clone(),
             host: tenant.host(),
             path: &request.path,
@@ -240,6 +246,16 @@ impl<A: Admission> Client<A> {
             json: request.json.clone(),
             limit: request.limit,
             deadline,
+        });
+        let outcome = trace::stage(Stage::CyberScan(request.kind), sending, |outcome, facts| {
+            facts.method(&request.method);
+            if let Ok(reply) = outcome {
+                facts.status(reply.status);
+            }
+            match came_to(outcome) {
+                UpstreamOutcome::Ok | UpstreamOutcome::NotFound => {}
+                failure => facts.failed(failure.as_str()),
+            }
         });
         let outcome = outcome.await;
         self.0.metrics.upstream.inc((request.kind, came_to(&outcome)));

@@ -56,3 +56,20 @@ pub enum Error {
     #[error("the look-up was lost")]
     Lost,
 }
+
+impl Error {
+    /// What it is called in a trace.
+    pub(crate) fn as_str(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::Untrusted { .. } => "untrusted",
+            Self::Unauthorized => "unauthorized",
+            Self::Throttled { .. } => "throttled",
+            Self::Unavailable { .. } => "unavailable",
+            Self::Resting { .. } => "resting",
+            Self::TimedOut { .. } => "timeout",
+            Self::Unexpected { .. } => "unexpected",
+            Self::Lost => "lost",
+        }
+    }
+}

@@ -164,7 +164,7 @@ pub(super) fn url(host: &Host, path: &str) -> Option<Url> {
     (url.host_str() == Some(&host.name()) && url.path() == path && url.query().is_none()).then_some(url)
 }
 
-fn classify(error: &reqwest::Error) -> Transport {
+pub(super) fn classify(error: &reqwest::Error) -> Transport {
     if let Some(untrusted) = error.source().and_then(tls::Untrusted::find) {
         return Transport::Untrusted(untrusted);
     }
@@ -175,7 +175,7 @@ fn classify(error: &reqwest::Error) -> Transport {
     Transport::Unreachable
 }
 
-fn broken(error: &reqwest::Error) -> Transport {
+pub(super) fn broken(error: &reqwest::Error) -> Transport {
     if error.is_timeout() { Transport::TimedOut } else { Transport::Broken }
 }
 

@@ -5,6 +5,8 @@
 
 pub mod address;
 pub mod client;
+#[cfg(feature = "otel")]
+mod collector;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod host;
@@ -13,4 +15,6 @@ pub mod tls;
 
 pub use address::AddressGuard;
 pub use client::{Config, Http, Reply, Transport};
+#[cfg(feature = "otel")]
+pub(crate) use collector::Collector;
 pub use host::{Host, HostPatterns};

@@ -14,6 +14,7 @@ use warp::reply::Response as Reply;
 use crate::{
     cyberscan::Tally,
     metrics::{Answered, Endpoint, ErrorCode, Label, Metrics},
+    trace::{Span, Traces},
 };
 
 /// What a handler tells about its answer, in the extensions of the reply.
@@ -39,6 +40,7 @@ pub(super) struct Entry {
     endpoint: Endpoint,
     id: String,
     started: Instant,
+    pub(super) span: Span,
 }
 
 impl Account {
@@ -58,7 +60,7 @@ impl Account {
 }
 
 impl Entry {
-    pub(super) fn begin<B>(metrics: &Metrics, request: &Request<B>) -> Self {
+    pub(super) fn begin<B>(metrics: &Metrics, traces: &Traces, request: &Request<B>) -> Self {
         let endpoint = match request.uri().path() {
             "/observe/observables" => Endpoint::Observe,
             "/refer/observables" => Endpoint::Refer,
@@ -66,7 +68,13 @@ impl Entry {
             _ => Endpoint::Other,
         };
         metrics.requests_in_flight.add((), 1);
-        Self { metrics: metrics.clone(), endpoint, id: id(request.headers()), started: Instant::now() }
+        Self {
+            metrics: metrics.clone(),
+            endpoint,
+            id: id(request.headers()),
+            started: Instant::now(),
+            span: traces.request(request, route),
+        }
     }
 
     /// Counts and logs the request with what its handler told of `reply`.
@@ -88,10 +96,25 @@ impl Entry {
         let tally = account.tally.unwrap_or_default();
         let count = |of: fn(&Tally) -> &std::sync::atomic::AtomicU32| of(&tally).load(Ordering::Relaxed);
         let asked = account.asked.as_deref();
+        self.span.tell(|facts| {
+            facts.id(&self.id);
+            facts.status(status);
+            facts.text("relay.outcome", answered.as_str());
+            facts.number("relay.observables", account.observables);
+            facts.number("relay.answers.memory", count(|tally| &tally.memory));
+            facts.number("relay.answers.redis", count(|tally| &tally.redis));
+            facts.number("relay.answers.upstream", count(|tally| &tally.upstream));
+            facts.number("relay.answers.stale", count(|tally| &tally.stale));
+            facts.number("relay.answers.failed", count(|tally| &tally.failed));
+            if let (Answered::Failed, Some(code)) = (answered, account.codes.first()) {
+                facts.failed(code);
+            }
+        });
         // Probes of load balancers and containers are many and tell nothing, as long as they succeed.
         if self.endpoint == Endpoint::Other && status.is_success() {
             return;
         }
+        let _current = self.span.enter();
         info!(
             target: "access",
             id = self.id,
@@ -116,6 +139,12 @@ impl Drop for Entry {
     fn drop(&mut self) {
         self.metrics.requests_in_flight.add((), -1);
     }
+}
+
+/// The route that serves `path`.
+fn route(path: &str) -> Option<&'static str> {
+    let routes = ["/observe/observables", "/refer/observables", "/health", "/version", "/watchdog", "/"];
+    routes.into_iter().find(|route| *route == path)
 }
 
 /// The request's id: that of the proxy in front, if it is a harmless one, or one of our own.

@@ -28,6 +28,7 @@ use crate::{
     egress::{self, HostPatterns, Http},
     enrich::{self, Enricher},
     metrics::Metrics,
+    trace::Traces,
 };
 
 /// A request body.
@@ -103,7 +104,7 @@ fn is_sound(input: &[u8]) -> bool {
 /// The relay as it is on a connection; the statuses it answers pieces of a stream with.
 fn talk() -> impl Fn(&[&[u8]]) -> Vec<u16> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let service = service(&relay());
+    let service = service(&relay(), Traces::default());
     move |pieces| converse(&runtime, &service, pieces)
 }
 

@@ -34,7 +34,8 @@ use crate::{
     ctim::{ErrorItem, Observable},
     cyberscan::{CyberScan, Tally},
     enrich::Enricher,
-    metrics::Metrics,
+    metrics::{Label, Metrics},
+    trace::{self, Stage, Traces},
 };
 use access::{Account, Entry};
 use body::Limits;
@@ -125,7 +126,13 @@ impl<P: CyberScan> Relay<P> {
 
     async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {
         let credentials = Credentials { headers, peer: peer.map(|Peer(address)| address.ip()) };
-        Ok(self.authenticator.authorize(credentials).await?)
+        let verifying = self.authenticator.authorize(credentials);
+        let authorized = trace::stage(Stage::Token, verifying, |outcome, facts| {
+            if let Err(error) = outcome {
+                facts.failed(error.verdict().as_str());
+            }
+        });
+        Ok(authorized.await?)
     }
 
     /// Who asks and what: a request that is not authorized never has its body read. The place becomes one of the
@@ -143,13 +150,15 @@ impl<P: CyberScan> Relay<P> {
             Ok(tenant) => Some(place.of(tenant.id()).ok_or_else(error_reply::busy)?),
             Err(_) => None,
         };
-        Ok((authorized, place, body::read(headers, body, self.limits).await?))
+        let reading = body::read(headers, body, self.limits);
+        Ok((authorized, place, trace::stage(Stage::Body, reading, |_, _| {}).await?))
     }
 }
 
 /// The whole service: the routes, behind what would break them, with a net below them.
 pub fn service<P: CyberScan>(
     relay: &Relay<P>,
+    traces: Traces,
 ) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone + use<P> {
     let routes = TowerToHyperService::new(warp::service(routes(relay)));
     let metrics = relay.metrics.clone();
@@ -159,11 +168,11 @@ pub fn service<P: CyberScan>(
         let has_path = request.uri().path().starts_with('/');
         let answer = |request| has_path.then(|| catching_panics(routes.call(request), metrics.clone()));
         let (method, allow) = (StatusCode::METHOD_NOT_ALLOWED, Some("GET, POST, OPTIONS"));
-        let entry = Entry::begin(metrics, &request);
+        let entry = Entry::begin(metrics, &traces, &request);
         let answer = answer(request);
         async move {
             let mut reply = match answer {
-                Some(answer) => answer.await?,
+                Some(answer) => entry.span.around(answer).await?,
                 None => error_reply::http_error(method, allow),
             };
             entry.end(&mut reply);
@@ -352,8 +361,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let serving =
-            server::serve(listener, service(&relay), config.connections, metrics.clone(), shutdown.clone());
+        let serving = server::serve(
+            listener,
+            service(&relay, Traces::default()),
+            config.connections,
+            metrics.clone(),
+            shutdown.clone(),
+        );
         tasks.spawn(serving);
 
         let token = sandbox.token(AUDIENCE);

@@ -18,6 +18,8 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use crate::trace;
+
 /// `{"timestamp", "level", "target"}` and the event's own fields beside them.
 pub(super) struct Json;
 
@@ -35,6 +37,9 @@ where
         let mut fields = Fields { line: &mut line, written: Ok(()) };
         event.record(&mut fields);
         fields.written?;
+        if let Some(id) = trace::id() {
+            write!(line, ",\"trace_id\":\"{id}\"")?;
+        }
         line.write_str("}\n")
     }
 }

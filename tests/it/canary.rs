@@ -26,19 +26,19 @@ use crate::{
     redis::RedisServer,
 };
 
-const KEY: &str = "canary-key-6e1f0a93c4d7";
+pub(crate) const KEY: &str = "canary-key-6e1f0a93c4d7";
 const REFUSED: &str = "canary-key-refused-51b8e2";
 const ADMIN: &str = "canary-admin-token-0d9c7f";
 const PASSWORD: &str = "canary-password-a7c31e";
 const SEAL: &str = "c0ffee00c0ffee11c0ffee22c0ffee33c0ffee44c0ffee55c0ffee66c0ffee77";
-const IP: &str = "198.18.77.191";
-const DOMAIN: &str = "n19911.load.example";
+pub(crate) const IP: &str = "198.18.77.191";
+pub(crate) const DOMAIN: &str = "n19911.load.example";
 
 /// Texts to look for, in every form they might take on their way.
-struct Canaries(Vec<(String, Vec<u8>)>);
+pub(crate) struct Canaries(Vec<(String, Vec<u8>)>);
 
 impl Canaries {
-    fn of(texts: &[&str]) -> Self {
+    pub(crate) fn of(texts: &[&str]) -> Self {
         let mut forms = Vec::new();
         for text in texts {
             let bytes = text.as_bytes();
@@ -62,7 +62,7 @@ impl Canaries {
     }
 
     #[track_caller]
-    fn must_not_be_in(&self, what: &str, place: &[u8]) {
+    pub(crate) fn must_not_be_in(&self, what: &str, place: &[u8]) {
         let found = self.found_in(place);
         let line = found.first().and_then(|form| {
             let text = String::from_utf8_lossy(place);

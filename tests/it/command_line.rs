@@ -61,6 +61,17 @@ async fn check_prints_the_settings_in_force_or_all_faults() {
     }
 }
 
+#[cfg(not(feature = "otel"))]
+#[tokio::test]
+async fn a_relay_without_traces_does_not_take_a_collector() {
+    let mut command = relay();
+    command.arg("check").env("RELAY_TELEMETRY_OTLP_ENDPOINT", "http://127.0.0.1:4318");
+    let (success, _, errors) = output(command).await;
+    let told = "telemetry.otlp_endpoint (environment variable RELAY_TELEMETRY_OTLP_ENDPOINT): this relay was built \
+                without the feature `otel`";
+    assert!(!success && errors.contains(told), "{errors}");
+}
+
 /// A serving relay and where it listens.
 async fn serving() -> (Child, String) {
     let mut child =

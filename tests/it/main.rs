@@ -24,6 +24,8 @@ mod enrichment;
 mod faults;
 mod golden;
 mod limits;
+#[cfg(feature = "otel")]
+mod otel;
 mod prefetch;
 mod redis_trouble;
 mod replicas;
