@@ -124,6 +124,8 @@ struct Queue {
     /// No call can be granted before.
     next: Option<Instant>,
     paused: Option<Instant>,
+    /// Redis was away for the last grant.
+    alone: bool,
     /// The fleet's quota is what is used up.
     by_fleet: bool,
     /// 429s in a row.
@@ -315,6 +317,10 @@ impl Limiter {
             queue.paused = Some(now + grant.wait);
             // A pause says nothing about the pace.
             queue.busy = Some((now, 0));
+        } else if std::mem::replace(&mut queue.alone, grant.alone) != grant.alone {
+            // Nor does the moment in which Redis is lost or found: a share is used up by what Redis had granted before
+            // it, and a window that Redis has lost has to grow again.
+            queue.busy = Some((now + PACE, 0));
         }
         let waiting = std::mem::take(&mut queue.waiting);
         for waiter in waiting {
@@ -376,7 +382,7 @@ impl Limiter {
         }
         let used = windows.iter_mut().map(|window| window.used(now)).collect();
         let fleet_exhausted = all.iter_mut().any(|window| window.available(now) == 0);
-        Grant { calls: granted, wait, paused: false, fleet_exhausted, used }
+        Grant { calls: granted, wait, fleet_exhausted, used, ..Grant::default() }
     }
 
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
@@ -407,7 +413,7 @@ impl Limiter {
                 lock(&scope.untold).iter_mut().for_each(|window| window.take(now, 1));
             }
         }
-        Grant { calls: u32::from(granted), wait, ..Grant::default() }
+        Grant { calls: u32::from(granted), wait, alone: true, ..Grant::default() }
     }
 
     fn now(&self) -> u64 {

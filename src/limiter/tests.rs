@@ -358,3 +358,27 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
     assert!(with_redis >= 90, "{with_redis} calls in 4 seconds, the first of which is half");
     assert!((40..=160).contains(&without), "{without} calls in 4 seconds without redis");
 }
+
+/// A share is used up by what Redis granted in the last second: taken for the pace, that was a refusal of everyone
+/// who could have been served a moment later.
+#[tokio::test]
+async fn who_waits_while_redis_is_lost_is_not_told_that_it_takes_for_ever() {
+    let mut server = RedisServer::process(&[]).await;
+    let config = Config { queue: 256, ..config("100/s", "") };
+    let limiter = Limiter::new(config, Some(Redis::to(&server.url())), Metrics::new(), TaskTracker::new());
+    grown(&limiter, &["key"]).await;
+    for _ in 0..90 {
+        drop(limiter.admit(&call(SECOND)).await.unwrap());
+    }
+    server.kill();
+    // Thirty a second, once a second has passed. Some come later, and find the others.
+    let callers = (0..100).map(|number| {
+        let limiter = &limiter;
+        async move {
+            sleep(SECOND * (number % 10) / 5).await;
+            limiter.admit(&call(8 * SECOND)).await.map(drop)
+        }
+    });
+    let refused = join_all(callers).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    assert!(refused.is_empty(), "{} refused: {:?}", refused.len(), refused[0]);
+}
