@@ -382,3 +382,23 @@ async fn who_waits_while_redis_is_lost_is_not_told_that_it_takes_for_ever() {
     let refused = join_all(callers).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
     assert!(refused.is_empty(), "{} refused: {:?}", refused.len(), refused[0]);
 }
+
+/// What a tenant's share grants and the fleet's refuses was lost: two who asked together got less than half of it,
+/// and of them one almost all.
+#[tokio::test]
+async fn without_redis_tenants_take_turns_at_the_whole_share_of_the_fleet() {
+    let mut server = RedisServer::process(&[]).await;
+    let (redis, config) = (Redis::to(&server.url()), config("120/s", "150/s"));
+    server.kill();
+    let limiter = &Limiter::new(config, Some(redis), Metrics::new(), TaskTracker::new());
+    // Forty a second for four seconds; the share is 45.
+    let callers = (0..160).map(|number| async move {
+        sleep(SECOND * number / 40).await;
+        let key = ["one", "another", "one"][number as usize % 3];
+        let asked = Instant::now();
+        limiter.admit(&call_of(key, 10 * SECOND, Priority::Interactive)).await.ok().map(|_| asked.elapsed())
+    });
+    let waits: Option<Vec<Duration>> = join_all(callers).await.into_iter().collect();
+    let longest = waits.expect("refused").into_iter().max().unwrap();
+    assert!(longest < 2 * SECOND, "{longest:?}");
+}

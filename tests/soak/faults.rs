@@ -40,14 +40,14 @@ pub(crate) enum Fault {
     RedisFrozen,
     RedisKilled,
     RedisEmptied,
+    /// The issuer does not answer, and somebody comes with a new key of its.
+    IssuerDown,
     /// Redis answers late, and one answer in five is cut off.
     RedisSlow,
     /// CyberScan answers 503 to three calls in ten.
     Failing,
     /// CyberScan answers 429 and wants to be left alone for two seconds.
     Throttled,
-    /// The issuer does not answer, and somebody comes with a new key of its.
-    IssuerDown,
     /// CyberScan answers what is no JSON.
     Garbage,
     /// CyberScan never answers.
@@ -61,17 +61,17 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    /// In this order, because a relay looks for new keys once in 30 s: whoever withdraws keys soon after another
-    /// change has to wait so long, and so have all callers.
+    /// In this order, because a relay looks for new keys once in 30 s, also if it has looked in vain: keys that are
+    /// withdrawn a minute or less after the issuer was down are missed for a while, by all callers.
     pub(crate) const ALL: [Self; 13] = [
         Self::NewKeys,
         Self::RedisFrozen,
         Self::RedisKilled,
         Self::RedisEmptied,
+        Self::IssuerDown,
         Self::RedisSlow,
         Self::Failing,
         Self::Throttled,
-        Self::IssuerDown,
         Self::Garbage,
         Self::BlackHole,
         Self::SlowClients,
@@ -167,6 +167,9 @@ impl Stage {
         let complaints = Arc::clone(&self.complaints);
         tokio::spawn(async move {
             while let Ok(Some(line)) = log.next_line().await {
+                if std::env::var("DEBUG_SLOW").is_ok() && line.contains("WARN") {
+                    eprintln!("{line}");
+                }
                 if line.contains("\"ERROR\"") || line.contains("panic") {
                     complaints.lock().unwrap().push(line);
                 }

@@ -245,6 +245,18 @@ fn judge(load: &Load, happened: &[Happened], failures: &mut Vec<String>) {
     let in_fault = |asked: &&Asked| {
         happened.iter().any(|happened| happened.from <= asked.answered && asked.due <= happened.until)
     };
+    if std::env::var("DEBUG_SLOW").is_ok() {
+        let mut by: BTreeMap<u64, (usize, u128)> = BTreeMap::new();
+        for asked in asked.iter() {
+            let took = (asked.answered - asked.due).as_millis();
+            if took > 500 {
+                let entry = by.entry(asked.due.as_secs()).or_default();
+                entry.0 += 1;
+                entry.1 = entry.1.max(took);
+            }
+        }
+        eprintln!("slow: {by:?}");
+    }
     let (fault, quiet): (Vec<&Asked>, Vec<&Asked>) = asked.iter().partition(in_fault);
     eprintln!(
         "{:>20} {:>9} {:>9} {:>9} {:>9} {:>9}",
