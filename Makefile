@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-otel fuzz bench bench-prefetch trials lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test test-otel fuzz bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -42,6 +42,12 @@ trials:
 	scripts/need-redis.sh
 	RELAY_TRIAL_SECONDS=$(or $(SECONDS),30) $(CARGO) test --locked --test overload -- --nocapture
 
+## Two relays asked steadily while something goes wrong every 20 s; what they hold must stay the same. Five minutes
+## and a warm-up; `make soak SECONDS=3600` for an hour.
+soak:
+	scripts/need-redis.sh
+	RELAY_SOAK_SECONDS=$(or $(SECONDS),300) $(CARGO) test --locked --test soak -- --nocapture
+
 ## Formatting, clippy with and without traces, and the rules for dependencies.
 lint:
 	$(CARGO) fmt --check
@@ -79,5 +85,5 @@ openapi:
 	scripts/openapi/check.sh
 
 ## Everything that has to hold before a change lands.
-ci: lint test test-otel fuzz doc boards deploy-check page openapi
+ci: lint test test-otel soak fuzz doc boards deploy-check page openapi
 	$(CARGO) run --locked --quiet -- demo --once

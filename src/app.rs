@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{net::TcpListener, time::sleep};
+use tokio::{net::TcpListener, runtime::Handle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
@@ -88,8 +88,9 @@ pub async fn run(
     let service = http::service(&relay, traces);
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     if let Some((listener, log)) = admin {
-        let (measured, cache) = (metrics.clone(), cached.clone());
+        let (measured, cache, runtime) = (metrics.clone(), cached.clone(), Handle::current().metrics());
         let measure = move || {
+            measured.tasks.set((), i64::try_from(runtime.num_alive_tasks()).unwrap_or(i64::MAX));
             cache.measure();
             limiter.measure();
             breaker.measure(&measured);

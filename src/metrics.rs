@@ -501,6 +501,8 @@ families! {
     panics: Counters<()> = counters("relay_panics_total", []);
     /// Open client connections.
     connections: Gauges<()> = gauges("relay_connections", []);
+    /// Tasks of the runtime that have not ended: connections, calls under way, and what runs all the time.
+    tasks: Gauges<()> = gauges("relay_tasks", []);
     /// 1 while serving, 0 once the relay has begun to drain.
     ready: Gauges<()> = gauges("relay_ready", []);
     /// Tokens verified, by verdict.

@@ -732,10 +732,13 @@ def capacity():
         [target(f"time() - max by (instance) ({select('process_start_time_seconds')})", "{{instance}}")],
     )
     board.series(
-        "Threads",
-        "Two per core or so; more means blocking work.",
+        "Threads and tasks",
+        "Two threads per core or so; more means blocking work. Tasks come and go with connections and calls.",
         "none",
-        [target(f"max by (instance) ({select('process_threads')})", "{{instance}}")],
+        [
+            target(f"max by (instance) ({select('process_threads')})", "{{instance}} threads"),
+            target(f"max by (instance) ({select('relay_tasks')})", "{{instance}} tasks"),
+        ],
         decimals=0,
     )
     board.series(

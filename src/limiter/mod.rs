@@ -17,12 +17,10 @@ mod tests;
 
 use std::{
     collections::VecDeque,
-    num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use governor::{DefaultDirectRateLimiter, Quota as Spacing, RateLimiter, clock::Clock as _};
 use moka::sync::Cache;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
@@ -95,7 +93,7 @@ struct Scope {
     /// Calls that Redis has not been told of, because it was away.
     untold: Mutex<Vec<SlidingWindow>>,
     /// While Redis is away: this replica's share, evenly spaced, and how many calls it is in each window.
-    share: Vec<DefaultDirectRateLimiter>,
+    share: Vec<Spacing>,
     shares: Vec<u32>,
 }
 
@@ -124,6 +122,8 @@ struct Queue {
     /// No call can be granted before.
     next: Option<Instant>,
     paused: Option<Instant>,
+    /// Redis was away for the last grant.
+    alone: bool,
     /// The fleet's quota is what is used up.
     by_fleet: bool,
     /// 429s in a row.
@@ -315,6 +315,10 @@ impl Limiter {
             queue.paused = Some(now + grant.wait);
             // A pause says nothing about the pace.
             queue.busy = Some((now, 0));
+        } else if std::mem::replace(&mut queue.alone, grant.alone) != grant.alone {
+            // Nor does the moment in which Redis is lost or found: a share is used up by what Redis had granted before
+            // it, and a window that Redis has lost has to grow again.
+            queue.busy = Some((now + PACE, 0));
         }
         let waiting = std::mem::take(&mut queue.waiting);
         for waiter in waiting {
@@ -376,38 +380,28 @@ impl Limiter {
         }
         let used = windows.iter_mut().map(|window| window.used(now)).collect();
         let fleet_exhausted = all.iter_mut().any(|window| window.available(now) == 0);
-        Grant { calls: granted, wait, paused: false, fleet_exhausted, used }
+        Grant { calls: granted, wait, fleet_exhausted, used, ..Grant::default() }
     }
 
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
     /// that Redis can be told when it is back.
     fn take_share(&self, tenant: &Tenant, leave: f64) -> Grant {
         let (scopes, now) = ([&tenant.scope, &self.0.fleet], self.now());
-        let mut wait = Duration::ZERO;
-        for scope in scopes {
-            // What was granted before Redis went away counts: the quota's window may still be full of it.
-            for (window, share) in scope.counted(now).iter_mut().zip(&scope.shares) {
-                if window.used(now) >= *share {
-                    wait = wait.max(window.window().per / 100);
-                }
-            }
-        }
-        if wait.is_zero() {
-            for limiter in scopes.iter().flat_map(|scope| &scope.share) {
-                if let Err(early) = limiter.check() {
-                    wait = wait.max(early.wait_time_from(limiter.clock().now()));
-                }
-            }
-        }
+        // Both are asked before either is taken from: what one grants and the other refuses would be lost.
+        let [own, all] = scopes.map(|scope| scope.wait_for_share(now));
         // Prefetching can wait until the fleet counts together again.
-        let granted = wait.is_zero() && leave == 0.0;
+        let granted = own.max(all).is_zero() && leave == 0.0;
         if granted {
             for scope in scopes {
+                scope.share.iter().for_each(Spacing::take);
                 scope.note(now, 1);
                 lock(&scope.untold).iter_mut().for_each(|window| window.take(now, 1));
             }
         }
-        Grant { calls: u32::from(granted), wait, ..Grant::default() }
+        // Who waits for the fleet's share only keeps the turn, or others with more luck would go first for ever.
+        let fleet_exhausted = own.is_zero() && !all.is_zero();
+        let calls = u32::from(granted);
+        Grant { calls, wait: own.max(all), alone: true, fleet_exhausted, ..Grant::default() }
     }
 
     fn now(&self) -> u64 {
@@ -524,7 +518,7 @@ impl Scope {
             windows: windows.to_vec(),
             counted: Mutex::default(),
             untold: Mutex::default(),
-            share: windows.iter().map(|window| spaced(*window, share)).collect(),
+            share: windows.iter().map(|window| Spacing::new(*window, share)).collect(),
             shares: windows.iter().map(|window| part(window).max(1)).collect(),
         }
     }
@@ -541,6 +535,18 @@ impl Scope {
         if calls > 0 {
             self.counted(now).iter_mut().for_each(|window| window.take(now, calls));
         }
+    }
+
+    /// How long until this replica's share has a call.
+    fn wait_for_share(&self, now: u64) -> Duration {
+        // What was granted before Redis went away counts: the quota's window may still be full of it.
+        let full = self
+            .counted(now)
+            .iter_mut()
+            .zip(&self.shares)
+            .filter_map(|(window, share)| (window.used(now) >= *share).then_some(window.window().per / 100))
+            .max();
+        full.unwrap_or_else(|| self.share.iter().map(Spacing::wait).max().unwrap_or_default())
     }
 
     /// The windows, each with the calls Redis has not been told of.
@@ -571,14 +577,33 @@ fn throttled(wait: Duration) -> Error {
     Error::Throttled { retry_after: wait.max(FIRST_PAUSE) }
 }
 
-/// A share of a window, evenly spaced: a hundredth of it at once, at least one call.
-fn spaced(window: Window, share: f64) -> DefaultDirectRateLimiter {
-    let calls = (f64::from(window.limit.get()) * share).max(f64::MIN_POSITIVE);
-    let one = Duration::try_from_secs_f64(window.per.as_secs_f64() / calls).unwrap_or(window.per);
-    let burst = NonZeroU32::new((calls / 100.0) as u32).unwrap_or(NonZeroU32::MIN);
-    let spacing = Spacing::with_period(one.max(Duration::from_nanos(1)))
-        .unwrap_or(Spacing::per_second(NonZeroU32::MIN));
-    RateLimiter::direct(spacing.allow_burst(burst))
+/// A share of a window, evenly spaced: a hundredth of it at once, at least one call. (GCRA, whose asking and taking
+/// are two steps here.)
+struct Spacing {
+    one: Duration,
+    /// How far calls may be ahead of their time.
+    ahead: Duration,
+    /// The time of the next call.
+    next: Mutex<Option<Instant>>,
+}
+
+impl Spacing {
+    fn new(window: Window, share: f64) -> Self {
+        let calls = (f64::from(window.limit.get()) * share).max(f64::MIN_POSITIVE);
+        let one = Duration::try_from_secs_f64(window.per.as_secs_f64() / calls).unwrap_or(window.per);
+        let more = ((calls / 100.0) as u32).saturating_sub(1);
+        Self { one, ahead: one.saturating_mul(more), next: Mutex::default() }
+    }
+
+    fn wait(&self) -> Duration {
+        let next = lock(&self.next).unwrap_or_else(Instant::now);
+        next.saturating_duration_since(Instant::now() + self.ahead)
+    }
+
+    fn take(&self) {
+        let (mut next, now) = (lock(&self.next), Instant::now());
+        *next = Some(next.map_or(now, |next| next.max(now)) + self.one);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -28,6 +28,8 @@ pub(super) struct Grant {
     pub(super) wait: Duration,
     /// CyberScan has asked for a pause.
     pub(super) paused: bool,
+    /// Redis was away, and this replica decided alone.
+    pub(super) alone: bool,
     /// The fleet's quota has nothing left.
     pub(super) fleet_exhausted: bool,
     /// Calls used in each window, in the order asked.
@@ -82,6 +84,7 @@ impl SharedQuota {
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             paused: paused == 1,
+            alone: false,
             used: windows.iter().step_by(2).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
         };
         Ok((grant, now))

@@ -358,3 +358,47 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
     assert!(with_redis >= 90, "{with_redis} calls in 4 seconds, the first of which is half");
     assert!((40..=160).contains(&without), "{without} calls in 4 seconds without redis");
 }
+
+/// A share is used up by what Redis granted in the last second: taken for the pace, that was a refusal of everyone
+/// who could have been served a moment later.
+#[tokio::test]
+async fn who_waits_while_redis_is_lost_is_not_told_that_it_takes_for_ever() {
+    let mut server = RedisServer::process(&[]).await;
+    let config = Config { queue: 256, ..config("100/s", "") };
+    let limiter = Limiter::new(config, Some(Redis::to(&server.url())), Metrics::new(), TaskTracker::new());
+    grown(&limiter, &["key"]).await;
+    for _ in 0..90 {
+        drop(limiter.admit(&call(SECOND)).await.unwrap());
+    }
+    server.kill();
+    // Thirty a second, once a second has passed. Some come later, and find the others.
+    let callers = (0..100).map(|number| {
+        let limiter = &limiter;
+        async move {
+            sleep(SECOND * (number % 10) / 5).await;
+            limiter.admit(&call(8 * SECOND)).await.map(drop)
+        }
+    });
+    let refused = join_all(callers).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    assert!(refused.is_empty(), "{} refused: {:?}", refused.len(), refused[0]);
+}
+
+/// What a tenant's share grants and the fleet's refuses was lost: two who asked together got less than half of it,
+/// and of them one almost all.
+#[tokio::test]
+async fn without_redis_tenants_take_turns_at_the_whole_share_of_the_fleet() {
+    let mut server = RedisServer::process(&[]).await;
+    let (redis, config) = (Redis::to(&server.url()), config("120/s", "150/s"));
+    server.kill();
+    let limiter = &Limiter::new(config, Some(redis), Metrics::new(), TaskTracker::new());
+    // Forty a second for four seconds; the share is 45.
+    let callers = (0..160).map(|number| async move {
+        sleep(SECOND * number / 40).await;
+        let key = ["one", "another", "one"][number as usize % 3];
+        let asked = Instant::now();
+        limiter.admit(&call_of(key, 10 * SECOND, Priority::Interactive)).await.ok().map(|_| asked.elapsed())
+    });
+    let waits: Option<Vec<Duration>> = join_all(callers).await.into_iter().collect();
+    let longest = waits.expect("refused").into_iter().max().unwrap();
+    assert!(longest < 2 * SECOND, "{longest:?}");
+}

@@ -299,10 +299,16 @@ impl FakeCyberScan {
     }
 
     /// Every call since the start or [`reset_counts`](Self::reset_counts), in order of arrival. They are all kept: a long
-    /// load test resets them now and then.
+    /// load test resets them now and then, or [takes](Self::take_calls) them.
     #[must_use]
     pub fn calls(&self) -> Vec<Recorded> {
         self.state(|state| state.calls.clone())
+    }
+
+    /// As [`calls`](Self::calls), and forgets them: of those that are taken again and again none is missed.
+    #[must_use]
+    pub fn take_calls(&self) -> Vec<Recorded> {
+        self.state(|state| std::mem::take(&mut state.calls))
     }
 
     /// How many calls of a kind arrived.
