@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-otel fuzz bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test test-otel fuzz models bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -24,6 +24,12 @@ test-otel:
 ## Fuzz every place where input comes in, each for so many seconds: `make fuzz SECONDS=60`.
 fuzz:
 	scripts/fuzz.sh $(or $(SECONDS),5)
+
+## Single flight, circuit breaker and key sets under thousands of schedules: `make models SEED=7 SCHEDULES=100000`;
+## `make models ONLY=name REPLAY=file` runs the one that failed again.
+models:
+	$(CARGO) run --locked --quiet --release --manifest-path models/Cargo.toml --target-dir $(or $(CARGO_TARGET_DIR),target)/models -- \
+		$(if $(SEED),--seed $(SEED)) $(if $(SCHEDULES),--schedules $(SCHEDULES)) $(if $(REPLAY),--replay $(REPLAY)) $(ONLY)
 
 ## What an answer costs beside warp alone, into docs/benchmarks.md; then the parts. Some minutes on a quiet machine.
 ## `make bench ONLY="L1 hit"` runs the cases of that name and writes nothing.
@@ -52,8 +58,10 @@ soak:
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	$(CARGO) fmt --check --all --manifest-path models/Cargo.toml
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --features otel -- -D warnings
+	$(CARGO) clippy --locked --manifest-path models/Cargo.toml --target-dir $(or $(CARGO_TARGET_DIR),target)/models -- -D warnings
 	scripts/deny.sh
 
 ## What the binary is made of (CycloneDX, JSON), into target/sbom.
@@ -85,5 +93,5 @@ openapi:
 	scripts/openapi/check.sh
 
 ## Everything that has to hold before a change lands.
-ci: lint test test-otel soak fuzz doc boards deploy-check page openapi
+ci: lint test test-otel models soak fuzz doc boards deploy-check page openapi
 	$(CARGO) run --locked --quiet -- demo --once

@@ -8,13 +8,16 @@ use std::{
     collections::HashMap,
     future::Future,
     hash::Hash,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::trace;
+use crate::{
+    sync::{Mutex, MutexGuard},
+    trace,
+};
 
 type Table<K, T> = Mutex<HashMap<K, watch::Receiver<Option<T>>>>;
 
@@ -64,9 +67,26 @@ where
     where
         F: Future<Output = T> + Send + 'static,
     {
+        self.start_if(key, || true, attempt).expect("nothing forbids it")
+    }
+
+    /// As [`Flights::start`], if none is running and `may` says so; else nothing is started. No attempt for
+    /// `key` ends or starts while `may` is asked, which is to be short and must not ask this table anything.
+    pub fn start_if<F>(
+        &self,
+        key: K,
+        may: impl FnOnce() -> bool,
+        attempt: impl FnOnce() -> F,
+    ) -> Option<watch::Receiver<Option<T>>>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
         let mut running = lock(&self.table);
         if let Some(outcome) = running.get(&key) {
-            return outcome.clone();
+            return Some(outcome.clone());
+        }
+        if !may() {
+            return None;
         }
         let (sender, outcome) = watch::channel(None);
         running.insert(key.clone(), outcome.clone());
@@ -81,7 +101,7 @@ where
             drop(landing);
             sender.send_replace(Some(value));
         }));
-        outcome
+        Some(outcome)
     }
 
     /// The outcome to come of the attempt running for `key`, if there is one.
@@ -121,7 +141,7 @@ impl<K: Hash + Eq, T> Drop for Landing<K, T> {
     }
 }
 
-/// The lock is held for one map operation, which cannot panic half-way, so poison is ignored.
+/// No map operation can panic half-way, so poison is ignored.
 fn lock<K, T>(table: &Table<K, T>) -> MutexGuard<'_, HashMap<K, watch::Receiver<Option<T>>>> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }

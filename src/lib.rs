@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod chance;
+pub mod sync;
 pub mod flight;
 pub mod metrics;
 pub mod trace;

@@ -4,7 +4,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::Algorithm;
 use serde_json::Value;
 
-use super::{LEEWAY, claims::Jwt, jwks};
+use super::{LEEWAY, claims::Jwt, document};
 
 /// A token; or its header and its payload, with a line feed between them.
 pub fn token(input: &[u8]) {
@@ -70,7 +70,7 @@ fn taken_apart(token: &str) {
 
 /// A key set.
 pub fn key_set(input: &[u8]) {
-    let Some(keys) = jwks::import(input) else {
+    let Some(keys) = document::import(input) else {
         return;
     };
     assert!(keys.len() <= 32);

@@ -1,5 +1,5 @@
-//! The key issuers' keys. It owns one key set per allowed issuer: fetching, importing, refreshing,
-//! keeping it through an outage. It must not know tokens.
+//! The key issuers' keys. It owns one key set per allowed issuer: when it is fetched and refreshed,
+//! keeping it through an outage. It must not know tokens, nor what a key set looks like.
 //!
 //! Sets are never mixed between issuers and are replaced whole. No lock is held while a fetch runs;
 //! a fetch runs in a task of its own and everyone who needs it waits for the same one.
@@ -16,30 +16,22 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use bytes::Bytes;
-use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderMap, Method};
+use futures_util::future::BoxFuture;
 use jsonwebtoken::DecodingKey;
-use serde_json::Value;
-use tokio::time::Instant;
+use tokio::{sync::watch::Receiver, time::Instant};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use super::{AuthError, Config, IssuerAddress};
+use super::{AuthError, Config, IssuerAddress, document::Keys};
 use crate::{
-    egress::{Http, client::Call},
     flight::Flights,
-    metrics::{Label, Metrics, Success},
-    trace::{self, Stage},
+    metrics::{Metrics, Success},
+    sync::{AtomicU64, Mutex, MutexGuard},
 };
 
 /// From this age on a set in use is refreshed in the background.
@@ -54,24 +46,20 @@ const COOL_DOWN: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How long one fetch may take.
-const TIMEOUT: Duration = Duration::from_secs(5);
-/// The most bytes of a key set.
-const BODY: usize = 64 << 10;
-/// The most keys taken from a set.
-const KEYS: usize = 32;
 
 /// The key sets of the allowed issuers; a cheap clone.
 #[derive(Clone)]
 pub(super) struct Jwks(Arc<Shared>);
 
-/// Brings the document behind an issuer's address, or says in a word why not.
-type Download = Box<dyn Fn(&IssuerAddress) -> BoxFuture<'static, Result<Bytes, String>> + Send + Sync>;
+/// Brings the keys behind an issuer's address, or says in a word why not.
+pub(super) type Download =
+    Box<dyn Fn(&IssuerAddress) -> BoxFuture<'static, Result<Keys, String>> + Send + Sync>;
 
 struct Shared {
     issuers: HashMap<String, Issuer>,
     download: Download,
-    flights: Flights<String, Result<(), Unavailable>>,
+    /// The fetches under way; what came of one is told by the set in use afterwards.
+    flights: Flights<String, ()>,
     metrics: Metrics,
     /// Numbers the sets, so that what was verified with one is not mistaken as verified with the next.
     generations: AtomicU64,
@@ -98,13 +86,9 @@ struct Fetches {
 /// The usable keys of one issuer.
 pub(super) struct KeySet {
     pub(super) generation: u64,
-    keys: HashMap<String, DecodingKey>,
+    keys: Keys,
     fetched: Instant,
 }
-
-/// There is no key set of this issuer.
-#[derive(Clone, Copy, Debug)]
-struct Unavailable;
 
 impl KeySet {
     pub(super) fn key(&self, kid: &str) -> Option<&DecodingKey> {
@@ -113,12 +97,7 @@ impl KeySet {
 }
 
 impl Jwks {
-    pub(super) fn new(config: &Config, http: Http, metrics: Metrics, tasks: TaskTracker) -> Self {
-        let download = move |address: &IssuerAddress| over_https(http.clone(), address.clone()).boxed();
-        Self::with(config, Box::new(download), metrics, tasks)
-    }
-
-    fn with(config: &Config, download: Download, metrics: Metrics, tasks: TaskTracker) -> Self {
+    pub(super) fn new(config: &Config, download: Download, metrics: Metrics, tasks: TaskTracker) -> Self {
         let issuer = |address: &IssuerAddress| Issuer {
             address: address.clone(),
             set: ArcSwapOption::empty(),
@@ -165,42 +144,38 @@ impl Jwks {
         if set.key(kid).is_some() {
             return Ok(set);
         }
-        if set.fetched <= asked
-            && (issuer.may_look_again() || self.0.flights.is_running(&issuer.address.text))
-        {
-            // Success or failure, the set in use afterwards decides.
-            let _ = self.fetch(issuer).await;
+        if set.fetched <= asked {
+            self.fetch(issuer, || issuer.may_look_again()).await;
         }
         issuer.set.load_full().filter(|set| set.key(kid).is_some()).ok_or(AuthError::UnknownKey)
     }
 
     async fn current(&self, issuer: &Issuer) -> Result<Arc<KeySet>, AuthError> {
         let set = issuer.set.load_full();
+        let may = || issuer.uses(set.as_ref()) && issuer.may_fetch();
         match &set {
             Some(set) if set.fetched.elapsed() < REFRESH => return Ok(Arc::clone(set)),
             Some(set) if set.fetched.elapsed() < FRESH => {
-                if issuer.may_fetch() {
-                    drop(self.start(issuer));
-                }
+                drop(self.start(issuer, may));
                 return Ok(Arc::clone(set));
             }
-            _ => {}
+            _ => self.fetch(issuer, may).await,
         }
-        if issuer.may_fetch() && self.fetch(issuer).await.is_ok() {
-            return issuer.set.load_full().ok_or(AuthError::WrongIssuer);
-        }
-        set.filter(|set| set.fetched.elapsed() < DEAD).ok_or(AuthError::WrongIssuer)
+        issuer.set.load_full().filter(|set| set.fetched.elapsed() < DEAD).ok_or(AuthError::WrongIssuer)
     }
 
-    async fn fetch(&self, issuer: &Issuer) -> Result<(), Unavailable> {
-        let mut outcome = self.start(issuer);
-        let outcome = outcome.wait_for(Option::is_some).await.map_err(|_| Unavailable)?;
-        outcome.unwrap_or(Err(Unavailable))
+    async fn fetch(&self, issuer: &Issuer, may: impl FnOnce() -> bool) {
+        if let Some(mut fetched) = self.start(issuer, may) {
+            // Success or failure, the set in use afterwards decides.
+            let _ = fetched.wait_for(Option::is_some).await;
+        }
     }
 
-    fn start(&self, issuer: &Issuer) -> tokio::sync::watch::Receiver<Option<Result<(), Unavailable>>> {
+    /// Starts a fetch if none is under way and it `may`. What that depends on changes only here and while one is
+    /// under way, so nobody fetches again what has just been fetched, or has just failed.
+    fn start(&self, issuer: &Issuer, may: impl FnOnce() -> bool) -> Option<Receiver<Option<()>>> {
         let name = issuer.address.as_str().to_owned();
-        self.0.flights.start(name.clone(), || {
+        self.0.flights.start_if(name.clone(), may, || {
             let shared = Arc::clone(&self.0);
             async move { shared.renew(&name).await }
         })
@@ -209,15 +184,9 @@ impl Jwks {
 
 impl Shared {
     /// Fetches a set and puts it in the place of the old one; a failure leaves the old one alone.
-    async fn renew(&self, name: &str) -> Result<(), Unavailable> {
-        let issuer = self.issuers.get(name).ok_or(Unavailable)?;
-        let document = trace::stage(Stage::KeySet, (self.download)(&issuer.address), |outcome, facts| {
-            if outcome.is_err() {
-                facts.failed(Success::Failed.as_str());
-            }
-        });
-        let document = document.await;
-        let keys = document.and_then(|body| import(&body).ok_or_else(|| "not a key set".to_owned()));
+    async fn renew(&self, name: &str) {
+        let Some(issuer) = self.issuers.get(name) else { return };
+        let keys = (self.download)(&issuer.address).await;
         // An issuer that publishes no key at all has a fault: nobody could log in there any more.
         let keys = keys.and_then(|keys| match issuer.set.load().as_ref() {
             Some(set) if keys.is_empty() && !set.keys.is_empty() => Err("a key set without keys".to_owned()),
@@ -232,37 +201,26 @@ impl Shared {
                 info!(issuer = name, keys = keys.len(), "key set fetched");
                 issuer.set.store(Some(Arc::new(KeySet { generation, keys, fetched: Instant::now() })));
                 (fetches.failures, fetches.not_before) = (0, None);
-                Ok(())
             }
             Err(reason) => {
                 let pause = FIRST_PAUSE.saturating_mul(1 << fetches.failures.min(5)).min(LONGEST_PAUSE);
                 fetches.failures = fetches.failures.saturating_add(1);
                 fetches.not_before = Some(Instant::now() + pause);
                 warn!(issuer = name, reason, ?pause, "key set not fetched");
-                Err(Unavailable)
             }
         }
     }
 }
 
-async fn over_https(http: Http, address: IssuerAddress) -> Result<Bytes, String> {
-    let call = Call {
-        method: Method::GET,
-        host: address.host(),
-        path: address.jwks_path(),
-        headers: HeaderMap::new(),
-        json: None,
-        limit: BODY,
-        deadline: Instant::now() + TIMEOUT,
-    };
-    let reply = http.send(call).await.map_err(|error| error.to_string())?;
-    if reply.status.is_success() { Ok(reply.body) } else { Err(format!("status {}", reply.status.as_u16())) }
-}
-
 impl Issuer {
     /// Held for a few assignments; nothing in between can panic, so poison is ignored.
-    fn fetches(&self) -> std::sync::MutexGuard<'_, Fetches> {
+    fn fetches(&self) -> MutexGuard<'_, Fetches> {
         self.fetches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `set` is the one in use.
+    fn uses(&self, set: Option<&Arc<KeySet>>) -> bool {
+        self.set.load().as_ref().map(|set| set.generation) == set.map(|set| set.generation)
     }
 
     /// Whether the pause after a failure is over.
@@ -283,111 +241,10 @@ impl Issuer {
     }
 }
 
-/// The usable keys of a key set (RFC 7517); `None` when `body` is none.
-///
-/// Keys that cannot verify RS256 are left out: other types, other uses, other algorithms, weak or
-/// malformed ones. Of several keys with one id the first usable one counts. A document in which no
-/// key has an id is not a key set that tokens could refer to.
-pub(super) fn import(body: &[u8]) -> Option<HashMap<String, DecodingKey>> {
-    let document: Value = serde_json::from_slice(body).ok()?;
-    let entries = document.as_object()?.get("keys")?.as_array()?;
-    if !entries.is_empty() && entries.iter().all(|entry| entry.get("kid").is_none()) {
-        return None;
-    }
-    let mut keys = HashMap::new();
-    for entry in entries {
-        if keys.len() == KEYS {
-            break;
-        }
-        if let Some((kid, key)) = usable(entry) {
-            keys.entry(kid).or_insert(key);
-        }
-    }
-    Some(keys)
-}
-
-fn usable(entry: &Value) -> Option<(String, DecodingKey)> {
-    let text = |name: &str| entry.get(name).and_then(Value::as_str);
-    let absent_or = |name: &str, value: &str| entry.get(name).is_none_or(|v| v.as_str() == Some(value));
-    if text("kty") != Some("RSA") || !absent_or("use", "sig") || !absent_or("alg", "RS256") {
-        return None;
-    }
-    let kid = text("kid").filter(|kid| !kid.is_empty() && kid.len() <= 256)?;
-    let modulus = URL_SAFE_NO_PAD.decode(text("n")?).ok()?;
-    let exponent = URL_SAFE_NO_PAD.decode(text("e")?).ok()?;
-    let bits = match modulus.iter().position(|byte| *byte != 0) {
-        Some(zeros) => (modulus.len() - zeros) * 8 - modulus.get(zeros)?.leading_zeros() as usize,
-        None => 0,
-    };
-    let odd = |number: &[u8]| number.last().is_some_and(|byte| byte % 2 == 1);
-    let sound = (2048..=8192).contains(&bits)
-        && odd(&modulus)
-        && odd(&exponent)
-        && exponent.len() <= 8
-        && exponent != [1];
-    sound.then(|| (kid.to_owned(), DecodingKey::from_rsa_raw_components(&modulus, &exponent)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const N: &str = "ngYq_pxlxLv45e14mSpULWLlJbcpyAboFKQg3im_gk_H5QYSiNCVOtlpaMJnGnetztyG8M_YJ8v5i9G2SRu7ZB3J_z-KVukaiO8dAz5jdctm2aC5jtBC4Jy2JwlKPuO15LbC47TfEasFapu9pKsLcJlujA-HQUcYhK4CG3JH-OThFH6bVDgOmGeloTrYH2ro-kY3ph4PbtDx6TlZgLjkbBLP8cugvVFwtL0tuHRpTftMYqgbFDjwHFBv-_7FAaX2igFjkLPKJtTIS_P2P7sGBBZp55mgeLro-EdPTBo9kriP3Dzh1BQ7lcz3OQEVBcj4dj-SXHsjCxmF_gREDnweGw";
-
-    fn kids(document: &str) -> Option<Vec<String>> {
-        let mut kids: Vec<String> = import(document.as_bytes())?.into_keys().collect();
-        kids.sort();
-        Some(kids)
-    }
-
-    #[test]
-    fn only_keys_that_can_verify_rs256_are_imported() {
-        let key = |members: &str| format!(r#"{{"n":"{N}","e":"AQAB",{members}}}"#);
-        let good = key(r#""kid":"good","kty":"RSA","alg":"RS256","use":"sig""#);
-        let odd = [
-            key(r#""kid":"a","kty":"oct","k":"c2VjcmV0""#),
-            key(r#""kid":"b","kty":"EC""#),
-            key(r#""kid":"c","kty":"RSA","use":"enc""#),
-            key(r#""kid":"d","kty":"RSA","alg":"RS512""#),
-            key(r#""kid":5,"kty":"RSA""#),
-            key(r#""kty":"RSA""#),
-            format!(r#"{{"kid":"e","kty":"RSA","e":"AQAB","n":"{}"}}"#, &N[..171]),
-            format!(r#"{{"kid":"f","kty":"RSA","e":"AQAA","n":"{N}"}}"#),
-            format!(r#"{{"kid":"g","kty":"RSA","e":"AQ","n":"{N}"}}"#),
-            r#"{"kid":"h","kty":"RSA","e":"AQAB","n":"!!!"}"#.to_owned(),
-            r#"{"kid":"i","kty":"RSA","e":"AQAB","n":5}"#.to_owned(),
-            r#""text""#.to_owned(),
-            "null".to_owned(),
-        ];
-        let document = format!(r#"{{"keys":[{},{good}]}}"#, odd.join(","));
-        assert_eq!(kids(&document), Some(vec!["good".into()]));
-        let minimal = format!(r#"{{"keys":[{}]}}"#, key(r#""kid":"k","kty":"RSA""#));
-        assert_eq!(kids(&minimal), Some(vec!["k".into()]));
-    }
-
-    #[test]
-    fn what_is_no_key_set_is_told_from_an_empty_one() {
-        assert_eq!(kids(r#"{"keys":[]}"#), Some(vec![]));
-        for document in [
-            "",
-            "{}",
-            "[]",
-            "5",
-            "<html>",
-            r#"{"keys":{}}"#,
-            r#"{"keys":[{"kty":"RSA"}]}"#,
-            r#"{"keys":["a"]}"#,
-        ] {
-            assert_eq!(kids(document), None, "{document}");
-        }
-    }
-
-    #[test]
-    fn a_set_is_cut_at_thirty_two_keys() {
-        let keys: Vec<String> =
-            (0..100).map(|i| format!(r#"{{"kid":"{i}","kty":"RSA","n":"{N}","e":"AQAB"}}"#)).collect();
-        assert_eq!(kids(&format!(r#"{{"keys":[{}]}}"#, keys.join(","))).unwrap().len(), KEYS);
-    }
+    use futures_util::FutureExt;
 
     /// An issuer under the test's control, on a paused clock.
     struct Fake {
@@ -407,10 +264,7 @@ mod tests {
                 async move {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     let kids = kids.ok_or("down")?;
-                    let keys = kids
-                        .iter()
-                        .map(|kid| format!(r#"{{"kid":"{kid}","kty":"RSA","n":"{N}","e":"AQAB"}}"#));
-                    Ok(format!(r#"{{"keys":[{}]}}"#, keys.collect::<Vec<_>>().join(",")).into())
+                    Ok(kids.iter().map(|kid| ((*kid).to_owned(), DecodingKey::from_secret(b"any"))).collect())
                 }
                 .boxed()
             };
@@ -421,7 +275,7 @@ mod tests {
                 trusted_proxies: Vec::new(),
             };
             Self {
-                jwks: Jwks::with(&config, Box::new(download), Metrics::new(), TaskTracker::new()),
+                jwks: Jwks::new(&config, Box::new(download), Metrics::new(), TaskTracker::new()),
                 kids,
                 fetches,
             }

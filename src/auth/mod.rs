@@ -6,6 +6,7 @@
 //! audience, credentials.
 
 mod claims;
+mod document;
 pub mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -14,6 +15,7 @@ mod jwks;
 use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest;
+use futures_util::FutureExt;
 use http::{HeaderMap, header};
 use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
@@ -144,8 +146,9 @@ impl Authenticator {
         metrics: Metrics,
         tasks: TaskTracker,
     ) -> Self {
+        let download = move |address: &IssuerAddress| document::fetch(http.clone(), address.clone()).boxed();
         Self(Arc::new(Shared {
-            jwks: Jwks::new(&config, http, metrics.clone(), tasks),
+            jwks: Jwks::new(&config, Box::new(download), metrics.clone(), tasks),
             metrics,
             config,
             cyberscan_hosts,

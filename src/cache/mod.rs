@@ -418,6 +418,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         (freshness != Freshness::Dead).then_some((kept, freshness))
     }
 
+    fn newer_in_memory<K: Kind>(&self, key: &Key, version: u64) -> Option<Kept> {
+        let (kept, _) = self.in_memory::<K>(key)?;
+        (kept.version > version).then_some(kept)
+    }
+
     fn freshness<K: Kind>(&self, kept: &Kept) -> Freshness {
         K::policy(&self.0.config).freshness(kept.lifetime, kept.age())
     }
@@ -449,7 +454,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         {
             return Ok(filled.clone());
         }
-        let mut outcome = self.start_fill::<K>(key, call, subject, version);
+        let Some(mut outcome) = self.start_fill::<K>(key, call, subject, version) else {
+            // A fill has just ended: what came of it is for this question as well.
+            let failed = || self.recent_failure(key).map_or(Error::Lost, |failure| failure.error);
+            let kept = self.newer_in_memory::<K>(key, version).ok_or_else(failed)?;
+            return Ok(Filled { kept, adopted: false });
+        };
         match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
             Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
             Ok(Err(_)) => Err(Error::Lost),
@@ -457,35 +467,45 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         }
     }
 
+    /// Joins or starts a fill, unless one has ended since the question was found to need it. Where there is a
+    /// Redis, it tells whether there is a newer value.
     fn start_fill<K: Kind>(
         &self,
         key: &Key,
         call: &Call,
         subject: &K::Subject,
         version: u64,
-    ) -> watch::Receiver<Option<Result<Filled, Error>>> {
+    ) -> Option<watch::Receiver<Option<Result<Filled, Error>>>> {
         let ahead = call.priority == Priority::Prefetch;
         let flights = if ahead { &self.0.prefetches } else { &self.0.flights };
-        flights.start(key.name, || {
-            let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
-            let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
-            async move {
-                // Who follows a replica that dies has to wait for its lease, and may ask only then.
-                let longest = match this.0.shared {
-                    Some(_) => this.lease() + this.0.config.fill_timeout,
-                    None => this.0.config.fill_timeout,
-                };
-                let call = Call::new(tenant, Instant::now() + longest, priority);
-                let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
-                let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
-                match &outcome {
-                    Ok(_) => this.0.failures.invalidate(&key.name),
-                    Err(error) if !ahead => this.remember_failure(&key, error),
-                    Err(_) => {}
+        let ended = || {
+            let filled = self.0.shared.is_none() && self.newer_in_memory::<K>(key, version).is_some();
+            filled || self.recent_failure(key).is_some()
+        };
+        flights.start_if(
+            key.name,
+            || ahead || !ended(),
+            || {
+                let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
+                let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
+                async move {
+                    // Who follows a replica that dies has to wait for its lease, and may ask only then.
+                    let longest = match this.0.shared {
+                        Some(_) => this.lease() + this.0.config.fill_timeout,
+                        None => this.0.config.fill_timeout,
+                    };
+                    let call = Call::new(tenant, Instant::now() + longest, priority);
+                    let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
+                    let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
+                    match &outcome {
+                        Ok(_) => this.0.failures.invalidate(&key.name),
+                        Err(error) if !ahead => this.remember_failure(&key, error),
+                        Err(_) => {}
+                    }
+                    outcome
                 }
-                outcome
-            }
-        })
+            },
+        )
     }
 
     /// Gets a value newer than `version`: another replica's, or the next stage's.
@@ -875,7 +895,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let version = self.version_now().saturating_sub(half);
         let filled = match self.0.flights.running(&key.name) {
             Some(running) => landed(running).await?,
-            None => landed(self.start_fill::<K>(&key, call, subject, version)).await?,
+            None => landed(self.start_fill::<K>(&key, call, subject, version).ok_or(Error::Lost)?).await?,
         };
         Ok(renewed(&filled.kept, !filled.adopted))
     }

@@ -319,6 +319,153 @@ fn down() -> Error {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_found_nothing_just_before_a_fill_ended_does_not_ask_again() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    let (call, subject) = (call(), ip(1));
+    let key = Key::new(&call.tenant, Resource::Host, &subject.to_string());
+    let fill = async |version| {
+        let filled = stage.fill_by::<HostRecord>(&key, &call, &subject, version, call.deadline).await;
+        filled.map(|filled| filled.kept.version)
+    };
+    let first = fill(0).await.unwrap();
+    assert_eq!(fill(0).await, Ok(first));
+    assert_eq!(fake.calls(), 1);
+    settle().await;
+    assert!(fill(first).await.unwrap() > first, "a newer one was asked for");
+    assert_eq!(fake.calls(), 2);
+
+    fake.fails(Some(down()));
+    assert_eq!(fill(u64::MAX).await, Err(down()));
+    assert!(stage.start_fill::<HostRecord>(&key, &call, &subject, u64::MAX).is_none());
+    assert_eq!(fake.calls(), 3);
+}
+
+/// A CyberScan with moods: it answers, refuses, takes long, never answers or has a bug. It knows how often it is
+/// asked about one address at a time.
+#[derive(Clone)]
+struct Moody {
+    number: Arc<Mutex<u64>>,
+    under_way: Arc<Mutex<HashMap<IpAddr, u32>>>,
+    /// The most there ever were.
+    most: Arc<AtomicU32>,
+    calm: Arc<AtomicBool>,
+}
+
+/// A question under way, however it ends.
+struct Asked(Moody, IpAddr);
+
+impl Moody {
+    fn new(seed: u64) -> Self {
+        Self {
+            number: Arc::new(Mutex::new(seed)),
+            under_way: Arc::default(),
+            most: Arc::default(),
+            calm: Arc::default(),
+        }
+    }
+
+    /// A number that looks like chance and is the same for the same seed.
+    fn below(&self, below: u64) -> u64 {
+        let mut number = self.number.lock().unwrap();
+        *number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*number >> 33) % below
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        *self.0.under_way.lock().unwrap().get_mut(&self.1).unwrap() -= 1;
+    }
+}
+
+impl CyberScan for Moody {
+    async fn authenticate(&self, _: &Call) -> Result<Instant, Error> {
+        Ok(Instant::now())
+    }
+
+    async fn domain(&self, _: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+        Err(Error::Lost)
+    }
+
+    async fn host(&self, _: &Call, ip: IpAddr) -> Result<Answer<HostRecord>, Error> {
+        let now = {
+            let mut under_way = self.under_way.lock().unwrap();
+            let now = under_way.entry(ip).or_insert(0);
+            *now += 1;
+            *now
+        };
+        self.most.fetch_max(now, Ordering::Relaxed);
+        let _asked = Asked(self.clone(), ip);
+        sleep(Duration::from_millis(self.below(400))).await;
+        match self.below(8) {
+            _ if self.calm.load(Ordering::Relaxed) => {}
+            0 => std::panic::resume_unwind(Box::new("a bug")),
+            1 => std::future::pending().await,
+            2..4 => return Err(down()),
+            _ => {}
+        }
+        let record = Record::Known(Arc::new(HostRecord { details_page: None }));
+        Ok(Answer { record, asked_at: jiff::Timestamp::UNIX_EPOCH, stale: None })
+    }
+
+    async fn vulnerabilities(&self, _: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+        Err(Error::Lost)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_come_and_go_whatever_becomes_of_fills() {
+    for seed in 0..300 {
+        let moody = Moody::new(seed);
+        let (world, stop) = (World::new(), CancellationToken::new());
+        // Alone, or two that share a tier.
+        let replicas: Vec<Cached<Moody, FakeTier>> = (0..1 + seed % 2)
+            .map(|_| {
+                let shared = (seed % 2 == 1).then(|| world.replica());
+                let clock = Clock::starting_at("2026-01-01T00:00:00Z".parse().unwrap());
+                let (metrics, tasks) = (Metrics::new(), TaskTracker::new());
+                Cached::new(moody.clone(), config(), shared, clock, metrics, tasks, stop.clone())
+            })
+            .collect();
+        let callers: Vec<_> = (0..40)
+            .map(|_| {
+                let stage = replicas[moody.below(replicas.len() as u64) as usize].clone();
+                let millis = |below| Duration::from_millis(moody.below(below));
+                let (comes, patience, leaves) = (millis(90_000), millis(40_000), millis(2_000));
+                let ip = ip(moody.below(2) as u32);
+                let leaves = (moody.below(3) == 0).then_some(leaves);
+                async move {
+                    sleep(comes).await;
+                    let asked = call_of("key", patience);
+                    let latest = Instant::now() + leaves.unwrap_or(patience + SECOND / 1_000);
+                    let outcome = timeout_at(latest, stage.host(&asked, ip)).await;
+                    assert!(outcome.is_ok() || leaves.is_some(), "seed {seed}: who stayed has no outcome");
+                }
+            })
+            .collect();
+        join_all(callers).await;
+        // What is still under way comes to its end, also where a lease has to run out first.
+        moody.calm.store(true, Ordering::Relaxed);
+        sleep(2 * MINUTE).await;
+        for stage in &replicas {
+            assert!(stage.0.flights.is_empty(), "seed {seed}: a fill is over and still in the table");
+            for number in 0..2 {
+                assert!(stage.host(&call(), ip(number)).await.is_ok(), "seed {seed}: it can be asked again");
+            }
+        }
+        assert_eq!(
+            moody.most.load(Ordering::Relaxed),
+            1,
+            "seed {seed}: asked twice at a time about one address"
+        );
+        let left = moody.under_way.lock().unwrap().values().sum::<u32>();
+        assert_eq!(left, 0, "seed {seed}: a question is still under way");
+        stop.cancel();
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_answer_passes_through_every_state_of_its_life() {
     let fake = Fake::default();
     let stage = stage(&fake);

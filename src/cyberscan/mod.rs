@@ -2,6 +2,7 @@
 //! every stage in front of it implement, the records it answers with and the errors it can give.
 
 pub mod breaker;
+mod circuit;
 pub mod client;
 pub mod error;
 #[cfg(any(test, fuzzing))]

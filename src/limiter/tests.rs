@@ -224,9 +224,83 @@ async fn several_windows_hold_at_once() {
     assert!(at[29] >= 2 * SECOND && at[29] <= 4 * SECOND, "{:?}", at[29]);
 }
 
-/// Numbers that look like chance and are the same in every run.
-fn numbers() -> impl FnMut(u32) -> u32 {
-    let mut seed = 7_u64;
+/// What a caller does: comes, waits as long as it has, may leave before, holds its call for a moment.
+struct Caller {
+    comes: Duration,
+    patience: Duration,
+    leaves: Option<Duration>,
+    holds: Duration,
+    too_fast: bool,
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_come_and_go_and_nobody_who_stays_is_forgotten() {
+    const AT_ONCE: usize = 3;
+    for seed in 0..300 {
+        let mut number = numbers(seed);
+        let limiter = limiter(Config { concurrency: AT_ONCE, ..config("10/s", "") });
+        grown(&limiter, &["key"]).await;
+        let under_way = Semaphore::new(AT_ONCE);
+        let callers: Vec<Caller> = (0..50)
+            .map(|_| {
+                let mut millis = |below| Duration::from_millis(number(below).into());
+                let (comes, short, leaves, holds) =
+                    (millis(3_000), millis(3_000), millis(1_500), millis(200));
+                let patient = number(2) == 0;
+                Caller {
+                    comes,
+                    patience: if patient { 60 * SECOND } else { short },
+                    leaves: (number(3) == 0).then_some(leaves),
+                    holds,
+                    too_fast: number(25) == 0,
+                }
+            })
+            .collect();
+        let (limiter, under_way) = (&limiter, &under_way);
+        let granted = join_all(callers.into_iter().map(|caller| async move {
+            sleep(caller.comes).await;
+            let latest = Instant::now() + caller.leaves.unwrap_or(caller.patience + SECOND / 1_000);
+            let call = call(caller.patience);
+            let Ok(outcome) = timeout_at(latest, limiter.admit(&call)).await else {
+                assert!(caller.leaves.is_some(), "seed {seed}: who stayed has no outcome");
+                return None;
+            };
+            let at = Instant::now();
+            let patient = caller.patience == 60 * SECOND;
+            assert!(outcome.is_ok() || !patient, "seed {seed}: who had time was refused");
+            let permit = outcome.ok()?;
+            let place = under_way.try_acquire();
+            assert!(place.is_ok(), "seed {seed}: more than {AT_ONCE} calls at once");
+            sleep(caller.holds).await;
+            if caller.too_fast {
+                limiter.answered(&call, Pace::TooFast { retry_after: Some(SECOND) }).await;
+            }
+            drop(place);
+            drop(permit);
+            Some(at)
+        }))
+        .await;
+        let mut granted: Vec<Instant> = granted.into_iter().flatten().collect();
+        granted.sort();
+        for eleven in granted.windows(11) {
+            assert!(eleven[10] - eleven[0] >= SECOND, "seed {seed}: eleven calls in a second");
+        }
+        // The last who left may still have been in the queue.
+        sleep(3 * SECOND).await;
+        let tenant = limiter.tenant(call(SECOND).tenant.id());
+        assert_eq!(tenant.slots.available_permits(), AT_ONCE, "seed {seed}: a slot was not given back");
+        {
+            let queue = lock(&tenant.queue);
+            assert!(queue.waiting.is_empty() && !queue.served, "seed {seed}: the queue is served for nobody");
+        }
+        let asked = Instant::now();
+        drop(limiter.admit(&call(SECOND)).await.unwrap());
+        assert_eq!(asked.elapsed(), Duration::ZERO, "seed {seed}");
+    }
+}
+
+/// Numbers that look like chance and are the same for the same seed.
+fn numbers(mut seed: u64) -> impl FnMut(u32) -> u32 {
     move |below| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         u32::try_from(seed >> 33).unwrap() % below
@@ -237,7 +311,7 @@ fn numbers() -> impl FnMut(u32) -> u32 {
 async fn the_script_does_what_the_model_does() {
     let server = RedisServer::start().await;
     let quota = SharedQuota::new(Redis::to(&server.url()));
-    let mut number = numbers();
+    let mut number = numbers(7);
     for (case, (of_tenant, of_fleet)) in
         [("20/s", ""), ("7/s,40/m", ""), ("200/s", "50/s"), ("", "3/s"), ("1000/s,5000/d", "700/s")]
             .iter()
