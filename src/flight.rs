@@ -203,6 +203,25 @@ mod tests {
         assert_eq!(flights.join("key", || async { Ok(1) }).await, Ok(Ok(1)));
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn what_is_under_way_can_be_seen_until_it_has_ended() {
+        let flights = flights();
+        let slow = || async {
+            sleep(Duration::from_millis(10)).await;
+            Ok(7)
+        };
+        let mut outcome = flights.start("key", slow);
+        let mut joined = flights.running(&"key").unwrap();
+        assert!(flights.is_running(&"key") && !flights.is_running(&"other"));
+        assert!(flights.running(&"other").is_none());
+        assert_eq!((flights.len(), flights.is_empty()), (1, false));
+        for outcome in [&mut outcome, &mut joined] {
+            assert_eq!(*outcome.wait_for(Option::is_some).await.unwrap(), Some(Ok(7)));
+        }
+        assert!(flights.running(&"key").is_none() && !flights.is_running(&"key"));
+        assert_eq!((flights.len(), flights.is_empty()), (0, true));
+    }
+
     #[tokio::test]
     async fn an_attempt_that_panics_loses_its_callers_but_not_the_key() {
         let flights = flights();

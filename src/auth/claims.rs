@@ -232,6 +232,9 @@ mod tests {
         assert!(Jwt::parse(&token(HEADER, "{}", "AAAA")).is_ok());
         assert!(Jwt::parse(&token(HEADER, " \n{} ", "")).is_ok());
         let good = token(HEADER, "{}", "AAAA");
+        // Four characters are three bytes; a signature of other lengths would not be canonical.
+        let longest = format!("{good}{}", "A".repeat((TOKEN - good.len()) / 4 * 4));
+        assert!(Jwt::parse(&longest).is_ok());
         for bad in [
             "",
             ".",
@@ -272,12 +275,14 @@ mod tests {
             Jwt::parse(&token).unwrap().header.kid().map(String::from)
         };
         assert_eq!(kid(r#","kid":"a""#), Some("a".into()));
+        let longest = "a".repeat(KID);
+        assert_eq!(kid(&format!(r#","kid":"{longest}""#)), Some(longest));
         for json in [
             "",
             r#","kid":null"#,
             r#","kid":5"#,
             r#","kid":["a"]"#,
-            &format!(r#","kid":"{}""#, "a".repeat(300)),
+            &format!(r#","kid":"{}""#, "a".repeat(KID + 1)),
         ] {
             assert_eq!(kid(json), None);
         }
@@ -298,6 +303,8 @@ mod tests {
             (r#"{"exp":"1000000"}"#, Ok(Some(1_000_000.0))),
             (r#"{"exp":"1"}"#, Err(AuthError::Expired)),
             (r#"{"exp":"tomorrow"}"#, Err(AuthError::Malformed)),
+            (r#"{"exp":"1e9"}"#, Err(AuthError::Malformed)),
+            (r#"{"exp":"+1000000"}"#, Err(AuthError::Malformed)),
             (r#"{"exp":""}"#, Err(AuthError::Malformed)),
             (r#"{"exp":null}"#, Err(AuthError::Malformed)),
             (r#"{"exp":true}"#, Err(AuthError::Malformed)),

@@ -120,6 +120,8 @@ mod tests {
             key(r#""kid":"d","kty":"RSA","alg":"RS512""#),
             key(r#""kid":5,"kty":"RSA""#),
             key(r#""kty":"RSA""#),
+            key(r#""kid":"","kty":"RSA""#),
+            key(&format!(r#""kid":"{}","kty":"RSA""#, "a".repeat(257))),
             format!(r#"{{"kid":"e","kty":"RSA","e":"AQAB","n":"{}"}}"#, &N[..171]),
             format!(r#"{{"kid":"f","kty":"RSA","e":"AQAA","n":"{N}"}}"#),
             format!(r#"{{"kid":"g","kty":"RSA","e":"AQ","n":"{N}"}}"#),
@@ -132,6 +134,23 @@ mod tests {
         assert_eq!(kids(&document), Some(vec!["good".into()]));
         let minimal = format!(r#"{{"keys":[{}]}}"#, key(r#""kid":"k","kty":"RSA""#));
         assert_eq!(kids(&minimal), Some(vec!["k".into()]));
+    }
+
+    #[test]
+    fn a_key_is_as_long_as_its_modulus_without_leading_zeros() {
+        let imported = |modulus: &[u8]| {
+            let n = URL_SAFE_NO_PAD.encode(modulus);
+            kids(&format!(r#"{{"keys":[{{"kid":"k","kty":"RSA","n":"{n}","e":"AQAB"}}]}}"#)).unwrap().len()
+        };
+        let modulus = URL_SAFE_NO_PAD.decode(N).unwrap();
+        let with_first = |byte: u8| [&[byte], &modulus[1..]].concat();
+        assert_eq!(imported(&with_first(0x80)), 1, "2048 bits");
+        assert_eq!(imported(&with_first(0x7f)), 0, "2047 bits");
+        assert_eq!(imported(&[&[0], modulus.as_slice()].concat()), 1, "2048 bits behind a zero");
+        assert_eq!(imported(&[&[0], &modulus[1..]].concat()), 0, "2040 bits behind a zero");
+        assert_eq!(imported(&[0; 256]), 0);
+        let even = [&modulus[..255], &[0x1a]].concat();
+        assert_eq!(imported(&even), 0, "an even number is no modulus");
     }
 
     #[test]

@@ -321,7 +321,8 @@ mod tests {
             assert_eq!(fake.look_up("invented").await, Err(AuthError::UnknownKey));
             tokio::time::advance(Duration::from_millis(100)).await;
         }
-        assert!(fake.fetches() <= 1 + 3, "{} fetches in a minute", fake.fetches());
+        // Not fewer either: a key that is new is found, however many invented ids are asked for meanwhile.
+        assert!((1 + 2..=1 + 3).contains(&fake.fetches()), "{} fetches in a minute", fake.fetches());
     }
 
     #[tokio::test(start_paused = true)]
@@ -345,6 +346,88 @@ mod tests {
         fake.publish(Some(vec!["old"]));
         minutes(1).await;
         assert_eq!(fake.look_up("old").await, Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_of_an_issuer_that_is_down_end_after_exactly_an_hour() {
+        let fake = Fake::new();
+        fake.look_up("old").await.unwrap();
+        fake.publish(None);
+        // A failed attempt of a moment ago, so that nobody waits for another one.
+        tokio::time::advance(DEAD - Duration::from_millis(150)).await;
+        assert_eq!(fake.look_up("old").await, Ok(()));
+        tokio::time::advance(Duration::from_millis(99)).await;
+        assert_eq!(fake.look_up("old").await, Ok(()));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(fake.look_up("old").await, Err(AuthError::WrongIssuer));
+        assert_eq!(fake.fetches(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_issuer_that_fails_is_asked_less_and_less_until_it_answers() {
+        let fake = Fake::new();
+        fake.publish(None);
+        let asked = async || {
+            let (before, start) = (fake.fetches(), Instant::now());
+            while fake.fetches() == before {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                let _ = fake.look_up("old").await;
+            }
+            start.elapsed().as_secs()
+        };
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            pauses.push(asked().await);
+        }
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 30, 30]);
+        fake.publish(Some(vec!["old"]));
+        tokio::time::sleep(LONGEST_PAUSE).await;
+        fake.look_up("old").await.unwrap();
+        fake.publish(None);
+        tokio::time::advance(FRESH).await;
+        assert_eq!([asked().await, asked().await], [0, 1], "an answer did not end the growth");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_issuer_that_has_just_failed_is_not_asked_for_an_unknown_key_either() {
+        let fake = Fake::new();
+        fake.look_up("old").await.unwrap();
+        fake.publish(None);
+        tokio::time::advance(REFRESH).await;
+        fake.look_up("old").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(fake.fetches(), 2);
+        assert_eq!(fake.look_up("invented").await, Err(AuthError::UnknownKey));
+        assert_eq!(fake.fetches(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_issuer_that_publishes_no_keys_any_more_keeps_those_it_had() {
+        let fake = Fake::new();
+        fake.look_up("old").await.unwrap();
+        fake.publish(Some(Vec::new()));
+        minutes(10).await;
+        assert_eq!(fake.look_up("old").await, Ok(()));
+        assert_eq!(fake.fetches(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_set_tells_its_age_while_it_is_in_use_and_its_number_while_it_is_fresh() {
+        let fake = Fake::new();
+        let number = || fake.jwks.fresh_generation("issuer.test");
+        assert_eq!((fake.jwks.age(), number()), (None, None));
+        fake.look_up("old").await.unwrap();
+        let first = number().unwrap();
+        tokio::time::advance(REFRESH - Duration::from_millis(1)).await;
+        assert_eq!(number(), Some(first));
+        // Asked for 50 ms before it was there.
+        assert_eq!(fake.jwks.age(), Some(REFRESH - Duration::from_millis(1)));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(number(), None, "what was verified with it has to be verified anew");
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!(fake.jwks.age(), None, "nobody has asked for it in five minutes");
+        fake.look_up("old").await.unwrap();
+        assert!(number().is_some_and(|second| second != first));
     }
 
     #[tokio::test(start_paused = true)]

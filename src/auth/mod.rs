@@ -290,6 +290,7 @@ mod tests {
     struct Rig {
         sandbox: Sandbox,
         auth: Authenticator,
+        clock: Clock,
     }
 
     /// An authenticator that believes the sandbox's issuer, over real TLS.
@@ -316,9 +317,9 @@ mod tests {
         };
         change(&mut config);
         let hosts = std::iter::once(sandbox.cyberscan.host().parse().unwrap()).collect();
-        let auth =
-            Authenticator::new(config, hosts, http, Clock::system(), Metrics::new(), TaskTracker::new());
-        Rig { sandbox, auth }
+        let clock = Clock::starting_at(Clock::system().now());
+        let auth = Authenticator::new(config, hosts, http, clock, Metrics::new(), TaskTracker::new());
+        Rig { sandbox, auth, clock }
     }
 
     impl Rig {
@@ -344,6 +345,23 @@ mod tests {
         let all = futures_util::future::join_all((0..50).map(|_| rig.authorize(&token))).await;
         assert!(all.iter().all(|outcome| outcome.as_ref().is_ok_and(|a| a.tenant.is_ok())));
         assert_eq!(rig.sandbox.issuer.fetches(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_remembered_token_is_good_no_longer_than_its_key_and_its_time() {
+        let rig = rig().await;
+        let old = rig.sandbox.token(AUDIENCE);
+        rig.authorize(&old).await.unwrap();
+        rig.sandbox.issuer.rotate().await.unwrap();
+        rig.authorize(&rig.sandbox.token(AUDIENCE)).await.unwrap();
+        assert_eq!(rig.authorize(&old).await.err(), Some(AuthError::UnknownKey));
+
+        let expired = json!(rig.clock.unix() - LEEWAY + 1.0);
+        let ending = rig.sandbox.issuer.mint(&rig.claims(&[("exp", expired)]));
+        rig.authorize(&ending).await.unwrap();
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!(rig.authorize(&ending).await.err(), Some(AuthError::Expired));
     }
 
     #[tokio::test]

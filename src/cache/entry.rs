@@ -374,6 +374,37 @@ mod tests {
     }
 
     #[test]
+    fn a_record_is_compressed_where_that_saves_an_eighth() {
+        let unpacked = |plain: Vec<u8>| pack(plain).unpacked;
+        assert_eq!(unpacked(vec![b'a'; COMPRESS_FROM]), 512);
+        assert_eq!(unpacked(vec![b'a'; COMPRESS_FROM - 1]), 0, "there is little to save");
+        // As good as chance: nothing to compress in it.
+        let noise: Vec<u8> = (0..125_u32)
+            .flat_map(|number| digest::digest(&digest::SHA256, &number.to_be_bytes()).as_ref().to_vec())
+            .collect();
+        assert_eq!(unpacked(noise.clone()), 0);
+        let with_zeros = |zeros: usize| [&noise[..4_000 - zeros], &vec![0; zeros]].concat();
+        assert_eq!(unpacked(with_zeros(400)), 0, "a tenth");
+        assert_eq!(unpacked(with_zeros(600)), 4_000, "a seventh");
+    }
+
+    #[test]
+    fn what_is_too_large_or_says_it_would_become_so_is_not_unpacked() {
+        let oversize = Codec::new(&[]).decode::<Vulnerabilities>(b"name", &vec![b'R'; LARGEST + 1]);
+        assert_eq!(oversize.err(), Some(Rejection::Oversize));
+        let largest = Codec::new(&[]).decode::<Vulnerabilities>(b"name", &vec![b'R'; LARGEST]);
+        assert_eq!(largest.err(), Some(Rejection::Format));
+
+        let claiming = |unpacked: usize| {
+            let bytes = lz4_flex::compress(b"a little").into();
+            unpack(Packed { unpacked: u32::try_from(unpacked).unwrap(), bytes }).err()
+        };
+        assert_eq!(claiming(8), None);
+        assert_eq!(claiming(8 * LARGEST), None);
+        assert_eq!(claiming(8 * LARGEST + 1), Some(Rejection::Oversize));
+    }
+
+    #[test]
     fn an_entry_too_large_is_not_written() {
         let body = format!(
             r#"{{"vulnerabilities":[{{"name":"{}"}}]}}"#,

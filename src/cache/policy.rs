@@ -113,6 +113,13 @@ mod tests {
     }
 
     #[test]
+    fn answers_fetched_together_end_one_after_the_other_in_the_last_tenth_of_their_time() {
+        let fresh = |negative, chance| policy().lifetime(negative, chance).fresh.as_secs();
+        assert_eq!([fresh(false, 0.0), fresh(false, 0.5), fresh(false, 1.0)], [54 * 60, 57 * 60, 60 * 60]);
+        assert_eq!([fresh(true, 0.0), fresh(true, 1.0)], [270, 300]);
+    }
+
+    #[test]
     fn not_known_is_never_served_past_its_time() {
         let (policy, lifetime) = (policy(), Lifetime { negative: true, fresh: HOUR / 12 });
         assert_eq!(policy.freshness(lifetime, HOUR / 13), Freshness::Fresh);

@@ -568,3 +568,93 @@ async fn bounded<T>(
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_to_other_replicas_is_what_they_hear() {
+        let heard = |kind: &str, name: &str, number: u64, code: Option<&str>| {
+            let mut fields: HashMap<String, String> =
+                [("o", "replica"), ("t", kind), ("k", name)].map(|(k, v)| (k.into(), v.into())).into();
+            fields.insert("v".into(), number.to_string());
+            fields.extend(code.map(|code| ("e".into(), code.to_owned())));
+            parse(&fields).map(|(origin, event)| (origin.to_owned(), event))
+        };
+        for error in [
+            Error::Throttled { retry_after: Duration::from_secs(7) },
+            Error::Unavailable { status: 503 },
+            Error::TimedOut { after: Duration::from_millis(1_500) },
+            Error::Unexpected { expected: "a record in its format" },
+        ] {
+            let (code, number) = failure_code(&error).unwrap();
+            let Some((origin, Heard::Failed { name, error: told })) =
+                heard("fail", &hex(&[0xa7; 16]), number, Some(code))
+            else {
+                panic!("{code} was not understood")
+            };
+            assert_eq!((origin.as_str(), name, told), ("replica", [0xa7; 16], error));
+        }
+        for scope in [Scope::All, Scope::Tenant([0x0f; 16]), Scope::Answer([0xf0; 16])] {
+            let Some((_, Heard::Purged { scope: told, version: 9 })) =
+                heard("purge", &scope_text(scope), 9, None)
+            else {
+                panic!("{scope:?} was not understood")
+            };
+            assert_eq!(told, scope);
+        }
+        // What each replica has to find out for itself.
+        assert_eq!(failure_code(&Error::Unauthorized), None);
+        assert_eq!(failure_code(&Error::Lost), None);
+        // What a later version, or somebody else, wrote.
+        for (kind, name, code) in [
+            ("set", "short", None),
+            ("set", "+1234567890123456789012345678901", None),
+            ("purge", "everything", None),
+            ("fail", "00000000000000000000000000000000", Some("bored")),
+            ("sing", "00000000000000000000000000000000", None),
+        ] {
+            assert!(heard(kind, name, 1, code).is_none(), "{kind} {name}");
+        }
+    }
+
+    #[test]
+    fn stream_ids_sort_as_numbers() {
+        assert!(stream_id("9-0") < stream_id("10-0"));
+        assert!(stream_id("10-9") < stream_id("10-10"));
+        assert!(stream_id("10") < stream_id("10-1"));
+        assert_eq!(stream_id("10-2"), (10, 2));
+    }
+
+    #[test]
+    fn times_to_live_are_never_nothing() {
+        // Redis refuses an expiry of 0.
+        assert_eq!([Duration::ZERO, Duration::from_micros(1_900)].map(millis), [1, 1]);
+        assert_eq!(millis(Duration::from_secs(2)), 2_000);
+    }
+
+    #[test]
+    fn writes_that_wait_are_the_newest_of_their_keys_and_the_newest_of_all() {
+        let tier = RedisTier::new(Redis::to("redis://127.0.0.1:1"), Clock::system());
+        let write = |number: usize, version: u64| {
+            let tenant = crate::tenant::Tenant::new(
+                "api.example.com".parse().unwrap(),
+                crate::tenant::ApiKey::new("key".into()),
+            );
+            let key = Key::new(&tenant, crate::metrics::Resource::Host, &number.to_string());
+            tier.postpone(Pending { key: key.clone(), value: Vec::new(), version, until: Instant::now() });
+            key.name
+        };
+        let waiting = |name: &Name| lock(&tier.0.pending).get(name).map(|write| write.version);
+        let first = write(0, 7);
+        write(0, 6);
+        assert_eq!(waiting(&first), Some(7), "an older one took its place");
+        write(0, 8);
+        assert_eq!(waiting(&first), Some(8));
+        let all: Vec<Name> = (1..=PENDING).map(|number| write(number, 100 + number as u64)).collect();
+        assert_eq!(lock(&tier.0.pending).len(), PENDING);
+        assert_eq!(waiting(&first), None, "the oldest did not make room");
+        assert!(all.iter().all(|name| waiting(name).is_some()));
+    }
+}

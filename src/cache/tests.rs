@@ -679,6 +679,58 @@ async fn tenants_share_nothing() {
     assert_eq!(fake.calls(), 1_001, "a purge of one tenant took others along");
 }
 
+#[test]
+fn an_answer_weighs_what_it_occupies() {
+    use crate::{ctim::sighting::Severity, cyberscan::Finding};
+    // Its texts, what holds them, and for each text not more than an allocator adds.
+    let within = |weight: usize, inline: usize, texts: &[usize]| {
+        let least = inline + texts.iter().sum::<usize>();
+        assert!((least..=least + 64 * texts.len()).contains(&weight), "{weight} for {inline} and {texts:?}");
+    };
+    let text = |length: usize| Some("x".repeat(length));
+    within(HostRecord { details_page: None }.weight(), size_of::<HostRecord>(), &[]);
+    within(HostRecord { details_page: text(900) }.weight(), size_of::<HostRecord>(), &[900]);
+    within(DomainRecord { ip: None, details_page: text(900) }.weight(), size_of::<DomainRecord>(), &[900]);
+
+    let bare = Finding {
+        table: Vec::new(),
+        name: None,
+        description: None,
+        cve: None,
+        cves: Vec::new(),
+        severity: Severity::High,
+        cvss: None,
+        detection_quality: None,
+    };
+    let table = || (0..3).map(|_| ("key".repeat(10), "value".repeat(10))).collect::<Vec<_>>();
+    let cves = || vec!["CVE-2021-42013".to_owned(); 4];
+    let strings = |count: usize| count * size_of::<String>();
+    for (finding, extra, texts) in [
+        (bare.clone(), 0, vec![]),
+        (Finding { name: text(70), ..bare.clone() }, 0, vec![70]),
+        (Finding { description: text(800), ..bare.clone() }, 0, vec![800]),
+        (Finding { cve: text(60), ..bare.clone() }, 0, vec![60]),
+        (Finding { cves: cves(), ..bare.clone() }, strings(4), vec![14; 4]),
+        (Finding { table: table(), ..bare.clone() }, strings(6), [[30; 3], [50; 3]].concat()),
+        (
+            Finding {
+                table: table(),
+                name: text(70),
+                description: text(800),
+                cve: text(60),
+                cves: cves(),
+                ..bare
+            },
+            strings(10),
+            [vec![70, 800, 60], vec![14; 4], vec![30; 3], vec![50; 3]].concat(),
+        ),
+    ] {
+        let inline = size_of::<Vulnerabilities>() + 2 * (size_of::<Finding>() + extra);
+        let texts = texts.repeat(2);
+        within(Vulnerabilities(vec![finding.clone(), finding]).weight(), inline, &texts);
+    }
+}
+
 #[tokio::test]
 async fn memory_is_bounded_in_bytes() {
     let fake = Fake::default();

@@ -182,6 +182,7 @@ pub(super) fn broken(error: &reqwest::Error) -> Transport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::{self, IssuerBehaviour, Sandbox};
 
     #[test]
     fn a_url_says_what_its_parts_say_or_is_none() {
@@ -192,6 +193,37 @@ mod tests {
         {
             assert_eq!(url(&host, path), None, "{path:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_body_is_read_up_to_the_limit_and_not_a_byte_further() {
+        let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
+        let ca = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+        let config = Config {
+            allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+            proxy: None,
+            extra_ca_file: Some(ca.path().to_owned()),
+            connect_timeout: Duration::from_secs(2),
+        };
+        let (http, host) = (Http::new(&config).unwrap(), sandbox.issuer.host().parse().unwrap());
+        // Of a size that comes in several pieces.
+        let body = "x".repeat(100_000);
+        sandbox.issuer.respond_with(IssuerBehaviour::Body(body.clone()));
+        let read = async |limit| {
+            let call = Call {
+                method: Method::GET,
+                host: &host,
+                path: "/.well-known/jwks",
+                headers: HeaderMap::new(),
+                json: None,
+                limit,
+                deadline: Instant::now() + Duration::from_secs(5),
+            };
+            http.send(call).await.map(|reply| reply.body)
+        };
+        assert_eq!(read(body.len()).await.unwrap(), body);
+        assert_eq!(read(body.len() - 1).await.unwrap_err(), Transport::TooLarge);
     }
 
     #[tokio::test]

@@ -158,6 +158,15 @@ mod tests {
             Window { limit: NonZeroU32::new(10).unwrap(), per: Duration::from_secs(1) }
         );
         assert_eq!(window(" 5000 / d ").per, Duration::from_secs(86_400));
+        for (text, seconds, name) in [
+            ("7/s", 1, QuotaWindow::Second),
+            ("7/m", 60, QuotaWindow::Minute),
+            ("7/h", 3_600, QuotaWindow::Hour),
+            ("7/d", 86_400, QuotaWindow::Day),
+        ] {
+            let window = window(text);
+            assert!(window.per == Duration::from_secs(seconds) && window.name() == name, "{text}");
+        }
         for text in ["", "10", "0/s", "-1/s", "10/w", "10/", "/s", "ten/s"] {
             assert!(text.parse::<Window>().is_err(), "{text}");
         }
@@ -172,6 +181,27 @@ mod tests {
         young.take(SECOND, 100);
         assert_eq!(young.available(SECOND + SECOND / 2), 0);
         assert_eq!(young.available(2 * SECOND + SECOND / 25), 100);
+    }
+
+    #[test]
+    fn the_wait_ends_when_a_young_window_has_grown_or_the_oldest_calls_have_left() {
+        let mut young = SlidingWindow::new(window("10/s"), 0);
+        assert_eq!(young.wait(0), Duration::ZERO);
+        young.take(0, 1);
+        assert_eq!(young.wait(0), Duration::from_millis(100), "it grows by a call in 100 ms");
+
+        for (text, seconds, part) in [("10/s", 1, 10), ("10/m", 60, 600)] {
+            let mut old = SlidingWindow::new(window(text), 0);
+            let now = 2 * seconds * SECOND;
+            old.take(now, 4);
+            old.take(now + seconds * SECOND / 2, 6);
+            let leaving = if seconds == 1 { 3 } else { 1 };
+            let left = Duration::from_millis(seconds * 500 + leaving * part);
+            assert_eq!(old.wait(now + seconds * SECOND / 2), left, "the oldest calls of {text} leave");
+            assert_eq!(old.used(now + seconds * SECOND / 2), 10);
+            assert_eq!(old.available(now + micros(left) + seconds * SECOND / 2 - 1), 0);
+            assert_eq!(old.available(now + micros(left) + seconds * SECOND / 2), 4);
+        }
     }
 
     #[test]

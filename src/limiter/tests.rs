@@ -156,6 +156,74 @@ async fn tenants_take_turns_at_what_they_share() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_shares_the_quota_with_others_is_told_by_what_they_leave() {
+    let limiter = limiter(Config { queue: 1_000, ..config("", "10/s") });
+    grown(&limiter, &["a"]).await;
+    let ask = |key: &'static str, count: usize| {
+        let limiter = limiter.clone();
+        join_all((0..count).map(move |_| {
+            let limiter = limiter.clone();
+            async move { limiter.admit(&call_of(key, 60 * SECOND, Priority::Interactive)).await.is_ok() }
+        }))
+    };
+    let late = async {
+        sleep(4 * SECOND).await;
+        // 60 or so are before it. The whole quota would serve them in 6 s, half of it needs longer.
+        let asked = Instant::now();
+        let refused = limiter.admit(&call_of("a", 7 * SECOND, Priority::Interactive)).await.map(drop);
+        (refused, asked.elapsed())
+    };
+    let (a, b, (refused, waited)) = tokio::join!(ask("a", 80), ask("b", 80), late);
+    assert!(a.iter().chain(&b).all(|granted| *granted));
+    let Err(Error::Throttled { retry_after }) = refused else { panic!("not refused") };
+    assert_eq!(waited, Duration::ZERO, "it could have been told at once");
+    assert!(retry_after > 7 * SECOND && retry_after < 16 * SECOND, "{retry_after:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_fleet_has_used_up_is_told_from_what_a_tenant_has() {
+    let limiter = limiter(config("10/s", "12/s"));
+    grown(&limiter, &["a", "b"]).await;
+    let refused =
+        |scope| limiter.0.metrics.limiter_decisions.get((scope, Urgency::Interactive, Decision::Refused));
+    let ask = async |key| {
+        for _ in 0..11 {
+            drop(limiter.admit(&call_of(key, SECOND / 10, Priority::Interactive)).await);
+        }
+    };
+    ask("a").await;
+    assert_eq!((refused(QuotaScope::Tenant), refused(QuotaScope::Fleet)), (1, 0));
+    ask("b").await;
+    assert_eq!((refused(QuotaScope::Tenant), refused(QuotaScope::Fleet)), (1, 9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_use_of_each_quota_is_told_to_who_asks_and_to_the_gauges() {
+    let limiter = limiter(config("10/s,100/m", "1000/h"));
+    grown(&limiter, &["key"]).await;
+    // What that took is out of the longest window.
+    sleep(2 * 3600 * SECOND).await;
+    for _ in 0..5 {
+        drop(limiter.admit(&call(SECOND)).await.unwrap());
+    }
+    let quotas = limiter.quotas(&call(SECOND)).await;
+    let told: Vec<_> =
+        quotas.iter().map(|quota| (quota.of_fleet, quota.limit, quota.per.as_secs(), quota.used)).collect();
+    assert_eq!(told, [(false, 10, 1, 5), (false, 100, 60, 5), (true, 1000, 3_600, 5)]);
+
+    let gauge = |scope, window| limiter.0.metrics.limiter_used.get((scope, window));
+    limiter.measure();
+    assert_eq!(gauge(QuotaScope::Tenant, QuotaWindow::Second), 0.5);
+    assert_eq!(gauge(QuotaScope::Tenant, QuotaWindow::Minute), 0.05);
+    assert_eq!(gauge(QuotaScope::Fleet, QuotaWindow::Hour), 0.005);
+    assert_eq!(gauge(QuotaScope::Fleet, QuotaWindow::Second), 0.0);
+    sleep(2 * SECOND).await;
+    limiter.measure();
+    assert_eq!(gauge(QuotaScope::Tenant, QuotaWindow::Second), 0.0, "what was used in a second that is over");
+    assert_eq!(gauge(QuotaScope::Tenant, QuotaWindow::Minute), 0.05);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_pause_cyberscan_asks_for_is_kept_to_the_second_and_grows_where_it_says_nothing() {
     let limiter = limiter(config("", ""));
     limiter.answered(&call(SECOND), Pace::TooFast { retry_after: Some(7 * SECOND) }).await;
@@ -193,6 +261,23 @@ async fn prefetching_never_waits_and_leaves_a_reserve() {
         limiter.admit(&call(SECOND)).await.unwrap();
     }
     assert_eq!(start.elapsed(), Duration::ZERO, "the reserve was gone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn prefetching_leaves_a_reserve_of_slots_and_keeps_a_pause() {
+    let limiter = limiter(Config { concurrency: 4, ..config("", "") });
+    let prefetch = async || limiter.admit(&call_of("key", 20 * SECOND, Priority::Prefetch)).await;
+    let (one, two) = (prefetch().await.unwrap(), prefetch().await.unwrap());
+    assert!(
+        matches!(prefetch().await.map(drop), Err(Error::Throttled { .. })),
+        "half of the slots is the reserve"
+    );
+    let interactive =
+        [limiter.admit(&call(SECOND)).await.unwrap(), limiter.admit(&call(SECOND)).await.unwrap()];
+    drop((one, two, interactive));
+
+    limiter.answered(&call(SECOND), Pace::TooFast { retry_after: Some(5 * SECOND) }).await;
+    assert_eq!(prefetch().await.map(drop), Err(Error::Throttled { retry_after: 5 * SECOND }));
 }
 
 #[tokio::test(start_paused = true)]

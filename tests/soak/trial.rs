@@ -72,6 +72,9 @@ const MOMENTS: usize = 9;
 const SECOND: Duration = Duration::from_millis(700);
 /// So long after the machine stood still errors are its fault.
 const AFTER_STANDSTILL: Duration = Duration::from_secs(10);
+/// Where the machine is slow for longer than `cache.soft_timeout`, an answer comes from what is known, and says so. One
+/// in so many may.
+const STALE: usize = 2_000;
 
 impl Plan {
     fn of_environment() -> Self {
@@ -218,7 +221,7 @@ fn judge(load: &Load, happened: &[Happened], failures: &mut Vec<String>) {
     let asked = load.asked.lock().unwrap();
     let mut explained: BTreeMap<(String, String), usize> = BTreeMap::new();
     let mut unexplained = Vec::new();
-    let mut all_clear = 0;
+    let (mut all_clear, mut stale) = (0, 0);
     for asked in asked.iter() {
         let Some(trouble) = asked.trouble.as_deref() else { continue };
         all_clear += usize::from(matches!(trouble, Trouble::FalseAllClear(_)));
@@ -228,6 +231,9 @@ fn judge(load: &Load, happened: &[Happened], failures: &mut Vec<String>) {
                 for code in codes {
                     *explained.entry((fault.clone(), code.to_owned())).or_default() += 1;
                 }
+            }
+            (None, Trouble::Errors { items, .. }) if items.iter().all(|(code, _)| code == "stale data") => {
+                stale += 1
             }
             _ => unexplained.push((asked.due, asked.answered, trouble)),
         }
@@ -239,7 +245,11 @@ fn judge(load: &Load, happened: &[Happened], failures: &mut Vec<String>) {
         asked.len(),
         standstills.len()
     );
-    eprintln!("{} false all-clears, {} answers with unexplained trouble", all_clear, unexplained.len());
+    eprintln!("{all_clear} false all-clears, {} answers with unexplained trouble", unexplained.len());
+    eprintln!("{stale} answers were stale for no fault's sake");
+    if stale > asked.len() / STALE {
+        failures.push(format!("{stale} answers were stale for no fault's sake"));
+    }
     for ((fault, code), count) in explained {
         eprintln!("{count:7} {code}: {fault}");
     }
