@@ -14,7 +14,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::{Mutex, mpsc};
 
 use crate::{
-    ADDRESSES, MANY, distinct, load,
+    distinct, fill, load,
     parties::{SEVEN, Server, THREADS, World, cpu},
     repeated, warm_up,
 };
@@ -61,8 +61,7 @@ pub(crate) fn climb() -> String {
 
     let filling = world.relay(true, &[]);
     warm_up(&filling, world.token());
-    load(&filling, world.token(), |k| distinct(k, MANY));
-    world.wait_until_written(ADDRESSES);
+    fill(&world, &filling);
     drop(filling);
     for rate in [500, 1_000, 2_000, 4_000] {
         let relay = world.relay(true, &[]);

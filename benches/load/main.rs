@@ -139,6 +139,14 @@ fn distinct(k: u64, count: u32) -> Option<String> {
     (first + count <= ADDRESSES).then(|| question((first..first + count).map(address)))
 }
 
+/// Asks about all addresses, and waits until their answers are in Redis.
+fn fill(world: &World, relay: &Server) {
+    for first in (0..ADDRESSES / MANY).map(u64::from).step_by(100) {
+        load(relay, world.token(), |k| (k < 100).then(|| distinct(first + k, MANY)).flatten());
+    }
+    world.wait_until_written(ADDRESSES);
+}
+
 /// The same question again and again.
 fn repeated(addresses: &[&str]) -> impl Fn(u64) -> Option<String> + use<> {
     let question = question(addresses.iter().map(|&address| address.to_owned()));
@@ -276,11 +284,7 @@ fn cold_round(world: &World, token: &str) -> [(Run, Run); 3] {
     world.redis.ask("FLUSHALL", "+OK\r\n");
     let filling = world.relay(true, &[]);
     let with_redis = beside(&filling, 1);
-    // The rest of the addresses, and the writes behind the answers.
-    for first in (0..ADDRESSES / MANY).map(u64::from).step_by(100) {
-        load(&filling, token, |k| (k < 100).then(|| distinct(first + k, MANY)).flatten());
-    }
-    world.wait_until_written(ADDRESSES);
+    fill(world, &filling);
     drop(filling);
     let shared = beside(&world.relay(true, &[]), MANY);
     // One round trip per request, and nothing was asked for one by one.
