@@ -1,0 +1,29 @@
+#!/bin/sh
+# mutants.sh [K/N]: makes lines of auth, egress, cache, limiter and flight wrong, one at a time, and looks whether tests notice: first
+# the unit tests of that part, which takes seconds, then all unit tests. K/N is every N-th mutant from the K-th on (0/8); 0/1 is all
+# of them, and a night. What became of them is in target/mutants, a directory for each part.
+set -eu
+cd "$(dirname "$0")/.."
+version=27.1.0
+target="$(realpath -m "${CARGO_TARGET_DIR:-target}")"
+mutants="$target/tools/bin/cargo-mutants"
+if ! [ -x "$mutants" ]; then
+    cargo install cargo-mutants --version "$version" --locked --debug --root "$target/tools" --quiet
+fi
+scripts/need-redis.sh
+# Of its own, and kept: only the first mutant waits for the dependencies.
+export CARGO_TARGET_DIR="$target/mutants/build"
+for part in auth egress cache limiter flight; do
+    tried="$target/mutants/$part"
+    rm -rf "$tried"
+    mkdir -p "$tried"
+    sample() {
+        "$mutants" mutants --file "src/$part*" --file "src/$part/**" --shard "${shard:-0/8}" --sharding round-robin \
+            --output "$tried" --no-times --colors never "$@" || true
+    }
+    shard="${1:-0/8}"
+    sample -- --lib -- "$part::"
+    sample --iterate -- --lib
+    result="$tried/mutants.out"
+    echo "$part: $(wc -l < "$result/missed.txt") survive; see $result/missed.txt"
+done
