@@ -137,14 +137,18 @@ pub(crate) fn slope(levels: &[(Duration, f64)]) -> f64 {
 pub(crate) struct Calls {
     span: Duration,
     recent: VecDeque<Instant>,
-    /// The most, and when.
+    /// The most, and when the last of them came.
     pub(crate) most: (usize, Option<Instant>),
+    /// When there were more than were granted.
+    pub(crate) too_many: Vec<(Instant, usize)>,
+    granted: usize,
     pub(crate) all: usize,
 }
 
 impl Calls {
-    pub(crate) fn within(span: Duration) -> Self {
-        Self { span, recent: VecDeque::new(), most: (0, None), all: 0 }
+    /// Of which `granted` may come within `span`.
+    pub(crate) fn within(span: Duration, granted: usize) -> Self {
+        Self { span, recent: VecDeque::new(), most: (0, None), too_many: Vec::new(), granted, all: 0 }
     }
 
     pub(crate) fn add(&mut self, calls: &[Recorded]) {
@@ -155,6 +159,9 @@ impl Calls {
             }
             if self.recent.len() > self.most.0 {
                 self.most = (self.recent.len(), Some(call.when));
+            }
+            if self.recent.len() > self.granted {
+                self.too_many.push((call.when, self.recent.len()));
             }
         }
         self.all += calls.len();
