@@ -147,7 +147,7 @@ def names():
     secret = {"RELAY_" + key.upper().replace(".", "_") for key in re.findall(r'\bsecret\("([a-z_.]+)"\)', source)}
     known = plain | secret | {name + "_FILE" for name in secret} | {"RELAY_CONFIG"}
     # Of the build, not of the relay.
-    known |= {"RELAY_TAG", "RELAY_REVISION", "RELAY_VERSION", "RELAY_SOURCE"}
+    known |= {"RELAY_TAG", "RELAY_REVISION", "RELAY_VERSION", "RELAY_SOURCE", "RELAY_FEATURES"}
     files = ["docker-compose.yml", "Dockerfile", "deploy/relay.env", "docs/deploying.md", *pathlib.Path("deploy").rglob("*.yaml"),
              *pathlib.Path("deploy").rglob("*.service")]
     for file in files:

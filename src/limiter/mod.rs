@@ -31,7 +31,7 @@ use tracing::warn;
 
 use self::{
     quota::{SlidingWindow, Window, micros},
-    shared::{Demand, Grant, SharedQuota},
+    shared::{Account, Demand, Grant, SharedQuota},
 };
 use crate::{
     cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse},
@@ -92,6 +92,10 @@ struct Scope {
     counted: Mutex<Vec<SlidingWindow>>,
     /// Calls that Redis has not been told of, because it was away.
     untold: Mutex<Vec<SlidingWindow>>,
+    /// When Redis's windows came into being, as it said last.
+    born: Mutex<Vec<u64>>,
+    /// Calls Redis has forgotten: of each window how many parts ago, and how many.
+    forgotten: Mutex<Vec<Vec<(u64, u32)>>>,
     /// While Redis is away: this replica's share, evenly spaced, and how many calls it is in each window.
     share: Vec<Spacing>,
     shares: Vec<u32>,
@@ -122,8 +126,8 @@ struct Queue {
     /// No call can be granted before.
     next: Option<Instant>,
     paused: Option<Instant>,
-    /// Redis was away for the last grant.
-    alone: bool,
+    /// When the windows came into being of which the last grant was; none while Redis is away.
+    born: Vec<u64>,
     /// The fleet's quota is what is used up.
     by_fleet: bool,
     /// 429s in a row.
@@ -315,9 +319,10 @@ impl Limiter {
             queue.paused = Some(now + grant.wait);
             // A pause says nothing about the pace.
             queue.busy = Some((now, 0));
-        } else if std::mem::replace(&mut queue.alone, grant.alone) != grant.alone {
-            // Nor does the moment in which Redis is lost or found: a share is used up by what Redis had granted before
-            // it, and a window that Redis has lost has to grow again.
+        } else if queue.born != grant.born {
+            // Nor does the moment in which Redis, or its memory, is lost or found: a share is used up by what Redis had
+            // granted before it, and a window that Redis has lost has to grow again.
+            queue.born.clone_from(&grant.born);
             queue.busy = Some((now + PACE, 0));
         }
         let waiting = std::mem::take(&mut queue.waiting);
@@ -351,13 +356,25 @@ impl Limiter {
         let demand = Demand { tenant: tenant.id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
         match shared.take(&demand).await {
             Ok(grant) => {
-                for (scope, told) in [(&tenant.scope, &of_tenant), (&self.0.fleet, &of_fleet)] {
+                let (born, now) = (grant.born.split_at(of_tenant.len()), self.now());
+                for (scope, told, born) in
+                    [(&tenant.scope, &of_tenant, born.0), (&self.0.fleet, &of_fleet, born.1)]
+                {
                     scope.settle(told);
-                    scope.note(self.now(), grant.calls);
+                    scope.recall(now, told, born);
+                    scope.note(now, grant.calls);
                 }
                 grant
             }
-            Err(Unavailable) => self.take_share(tenant, leave),
+            Err(Unavailable) => {
+                // What could not be told now is when Redis is back.
+                for (scope, told) in [(&tenant.scope, &of_tenant), (&self.0.fleet, &of_fleet)] {
+                    if told.iter().any(|account| !account.forgotten.is_empty()) {
+                        lock(&scope.born).fill(0);
+                    }
+                }
+                self.take_share(tenant, leave)
+            }
         }
     }
 
@@ -401,7 +418,7 @@ impl Limiter {
         // Who waits for the fleet's share only keeps the turn, or others with more luck would go first for ever.
         let fleet_exhausted = own.is_zero() && !all.is_zero();
         let calls = u32::from(granted);
-        Grant { calls, wait: own.max(all), alone: true, fleet_exhausted, ..Grant::default() }
+        Grant { calls, wait: own.max(all), fleet_exhausted, ..Grant::default() }
     }
 
     fn now(&self) -> u64 {
@@ -518,6 +535,8 @@ impl Scope {
             windows: windows.to_vec(),
             counted: Mutex::default(),
             untold: Mutex::default(),
+            born: Mutex::default(),
+            forgotten: Mutex::default(),
             share: windows.iter().map(|window| Spacing::new(*window, share)).collect(),
             shares: windows.iter().map(|window| part(window).max(1)).collect(),
         }
@@ -550,19 +569,49 @@ impl Scope {
     }
 
     /// The windows, each with the calls Redis has not been told of.
-    fn owed(&self, now: u64) -> Vec<(Window, u32)> {
+    fn owed(&self, now: u64) -> Vec<Account> {
         let mut untold = lock(&self.untold);
         if untold.is_empty() {
             untold.extend(self.windows.iter().map(|window| SlidingWindow::new(*window, now)));
         }
-        self.windows.iter().copied().zip(untold.iter_mut().map(|window| window.used(now))).collect()
+        let mut accounts: Vec<Account> = untold
+            .iter_mut()
+            .map(|window| Account {
+                window: window.window(),
+                meanwhile: window.used(now),
+                forgotten: Vec::new(),
+            })
+            .collect();
+        // Told once: who asks at the same time tells nothing of it.
+        for (account, forgotten) in accounts.iter_mut().zip(std::mem::take(&mut *lock(&self.forgotten))) {
+            account.forgotten = forgotten;
+        }
+        accounts
     }
 
     /// Redis has been told of them.
-    fn settle(&self, told: &[(Window, u32)]) {
-        if told.iter().any(|(_, calls)| *calls > 0) {
+    fn settle(&self, told: &[Account]) {
+        if told.iter().any(|account| account.meanwhile > 0) {
             lock(&self.untold).clear();
         }
+    }
+
+    /// Where a window of Redis's is not the one it was, Redis has lost its memory; this replica has not, and is going to
+    /// tell it what it granted before, but for what it has just been `told`.
+    fn recall(&self, now: u64, told: &[Account], born: &[u64]) {
+        let mut known = lock(&self.born);
+        if !known.is_empty() && *known != born {
+            let mut counted = self.counted(now);
+            let windows = counted.iter_mut().zip(told).zip(known.iter().zip(born));
+            let forgotten =
+                windows.map(
+                    |((window, account), (known, born))| {
+                        if known == born { Vec::new() } else { window.history(now, account.meanwhile) }
+                    },
+                );
+            *lock(&self.forgotten) = forgotten.collect();
+        }
+        *known = born.to_vec();
     }
 }
 

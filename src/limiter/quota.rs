@@ -129,6 +129,18 @@ impl SlidingWindow {
         Duration::from_micros(leaves.min(grows).saturating_sub(now).max(1))
     }
 
+    /// Of the calls counted now all but the newest `less`, by part: how many parts ago, and how many.
+    pub(super) fn history(&mut self, now: u64, mut less: u32) -> Vec<(u64, u32)> {
+        self.forget(now);
+        let number = now / self.part();
+        let parts = self.parts.iter().rev().map(|(part, calls)| {
+            let left = calls.saturating_sub(less);
+            less = less.saturating_sub(*calls);
+            (number.saturating_sub(*part), left)
+        });
+        parts.filter(|(_, calls)| *calls > 0).collect()
+    }
+
     /// Calls counted now.
     pub(super) fn used(&mut self, now: u64) -> u32 {
         self.forget(now);

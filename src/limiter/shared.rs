@@ -28,19 +28,29 @@ pub(super) struct Grant {
     pub(super) wait: Duration,
     /// CyberScan has asked for a pause.
     pub(super) paused: bool,
-    /// Redis was away, and this replica decided alone.
-    pub(super) alone: bool,
     /// The fleet's quota has nothing left.
     pub(super) fleet_exhausted: bool,
     /// Calls used in each window, in the order asked.
     pub(super) used: Vec<u32>,
+    /// When each window came into being, on Redis's clock; none if this replica decided alone.
+    pub(super) born: Vec<u64>,
 }
 
-/// Windows of a tenant, then of the fleet, each with the calls made while Redis was away.
+/// A window, and the calls in it that Redis does not know of.
+#[derive(Clone, Debug)]
+pub(super) struct Account {
+    pub(super) window: Window,
+    /// Those made while Redis was away.
+    pub(super) meanwhile: u32,
+    /// Those it has forgotten with the window that was there before: how many parts ago, and how many.
+    pub(super) forgotten: Vec<(u64, u32)>,
+}
+
+/// Windows of a tenant, then of the fleet.
 pub(super) struct Demand<'a> {
     pub(super) tenant: TenantId,
-    pub(super) of_tenant: &'a [(Window, u32)],
-    pub(super) of_fleet: &'a [(Window, u32)],
+    pub(super) of_tenant: &'a [Account],
+    pub(super) of_fleet: &'a [Account],
     /// Calls wanted.
     pub(super) calls: u32,
     /// The share of each window's ceiling that is to be left over.
@@ -61,15 +71,19 @@ impl SharedQuota {
     pub(super) async fn take_at(&self, demand: &Demand<'_>) -> Result<(Grant, u64), Unavailable> {
         let tenant = name(demand.tenant);
         let mut invocation = self.script.key(pause_key(&tenant));
-        for (window, _) in demand.of_tenant {
-            invocation.key(format!("relay:1:{{lim}}:{tenant}:{}", window.per.as_secs()));
+        for account in demand.of_tenant {
+            invocation.key(format!("relay:1:{{lim}}:{tenant}:{}", account.window.per.as_secs()));
         }
-        for (window, _) in demand.of_fleet {
-            invocation.key(format!("relay:1:{{lim}}:fleet:{}", window.per.as_secs()));
+        for account in demand.of_fleet {
+            invocation.key(format!("relay:1:{{lim}}:fleet:{}", account.window.per.as_secs()));
         }
         invocation.arg(demand.calls).arg(demand.leave);
-        for (window, elsewhere) in demand.of_tenant.iter().chain(demand.of_fleet) {
-            invocation.arg(window.limit.get()).arg(micros(window.per)).arg(*elsewhere);
+        for Account { window, meanwhile, forgotten } in demand.of_tenant.iter().chain(demand.of_fleet) {
+            invocation.arg(window.limit.get()).arg(micros(window.per)).arg(*meanwhile);
+            invocation.arg(forgotten.iter().fold(String::new(), |mut text, (ago, calls)| {
+                let _ = write!(text, "{ago}:{calls} ");
+                text
+            }));
         }
         let invocation = &invocation;
         let answer: Vec<u64> = self
@@ -77,15 +91,18 @@ impl SharedQuota {
             .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await?;
         let (&[calls, wait, paused, now], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
+        if windows.len() != 3 * (demand.of_tenant.len() + demand.of_fleet.len()) {
+            return Err(Unavailable);
+        }
         let used_up = |window: &[u64]| window.first() >= window.get(1);
-        let of_fleet = windows.chunks(2).skip(demand.of_tenant.len());
+        let of_fleet = windows.chunks(3).skip(demand.of_tenant.len());
         let grant = Grant {
             fleet_exhausted: of_fleet.into_iter().any(used_up),
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             paused: paused == 1,
-            alone: false,
-            used: windows.iter().step_by(2).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
+            used: windows.iter().step_by(3).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
+            born: windows.iter().skip(2).step_by(3).copied().collect(),
         };
         Ok((grant, now))
     }

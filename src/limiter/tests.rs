@@ -404,7 +404,8 @@ async fn the_script_does_what_the_model_does() {
     {
         let Config { tenant, fleet, .. } = config(of_tenant, of_fleet);
         let id = call_of(&format!("key-{case}"), SECOND, Priority::Interactive).tenant.id();
-        let owe_nothing = |windows: &[Window]| windows.iter().map(|window| (*window, 0)).collect::<Vec<_>>();
+        let owe_nothing =
+            |windows: &[Window]| windows.iter().map(|window| owing(*window, 0, &[])).collect::<Vec<_>>();
         let (of_tenant, of_fleet) = (owe_nothing(&tenant), owe_nothing(&fleet));
         // The fleet's keys are shared by all cases.
         server.ask::<String>(&["FLUSHALL"]).await;
@@ -438,20 +439,65 @@ async fn what_redis_has_lost_starts_empty_and_what_was_made_meanwhile_is_counted
     let server = RedisServer::start().await;
     let quota = SharedQuota::new(Redis::to(&server.url()));
     let hundred = config("100/m", "").tenant[0];
-    let take = async |calls, elsewhere| {
+    let take = async |calls, meanwhile, forgotten: &[(u64, u32)]| {
         let demand = Demand {
             tenant: call(SECOND).tenant.id(),
-            of_tenant: &[(hundred, elsewhere)],
+            of_tenant: &[owing(hundred, meanwhile, forgotten)],
             of_fleet: &[],
             calls,
             leave: 0.0,
         };
         quota.take(&demand).await.unwrap()
     };
-    assert_eq!(take(100, 0).await.calls, 1, "a window that has just come into being is no licence");
-    let grant = take(0, 30).await;
+    assert_eq!(take(100, 0, &[]).await.calls, 1, "a window that has just come into being is no licence");
+    let grant = take(0, 30, &[]).await;
     assert_eq!(grant.used, [31]);
     assert!(grant.wait > Duration::ZERO);
+
+    // Old enough to have grown to its limit; of the calls before it, those of a minute ago are over.
+    let key = server.ask::<Vec<String>>(&["KEYS", "relay:1:{lim}:*:60"]).await.remove(0);
+    server.ask::<i64>(&["HSET", &key, "b", "1"]).await;
+    let grant = take(100, 0, &[(0, 20), (50, 20), (99, 4), (102, 100)]).await;
+    assert_eq!((grant.calls, grant.used[0]), (25, 56), "100 less 44 of before, less 31");
+    assert!(grant.wait > Duration::ZERO);
+    assert_eq!(take(100, 0, &[(0, 200)]).await.calls, 0);
+}
+
+fn owing(window: Window, meanwhile: u32, forgotten: &[(u64, u32)]) -> Account {
+    Account { window, meanwhile, forgotten: forgotten.to_vec() }
+}
+
+/// A window that begins anew grows to its limit in its own time; together with what came in a burst just before, that
+/// was almost twice the limit.
+#[tokio::test]
+async fn what_redis_forgets_the_replicas_remember() {
+    let server = RedisServer::process(&[]).await;
+    let replicas = [(); 2].map(|()| {
+        let config = Config { queue: 1_000, ..config("1000/s", "100/s") };
+        Limiter::new(config, Some(Redis::to(&server.url())), Metrics::new(), TaskTracker::new())
+    });
+    let mut granted: Vec<Instant> = Vec::new();
+    let burst = async |calls: usize, patience: Duration| {
+        let callers = (0..calls).map(|number| {
+            let replica = &replicas[number % 2];
+            async move {
+                let _permit = replica.admit(&call(patience)).await.ok()?;
+                Some(Instant::now())
+            }
+        });
+        join_all(callers).await.into_iter().flatten().collect::<Vec<_>>()
+    };
+    // Both windows are as large as they get, and empty.
+    granted.extend(burst(2, SECOND).await);
+    sleep(SECOND + SECOND / 5).await;
+    granted.extend(burst(90, SECOND).await);
+    let _: String = server.ask(&["FLUSHALL"]).await;
+    granted.extend(burst(300, 3 * SECOND).await);
+    granted.sort();
+    let after = |from: Instant| granted.iter().filter(|at| (from..from + SECOND).contains(at)).count();
+    let most = granted.iter().map(|from| after(*from)).max().unwrap();
+    assert!(most <= 105, "{most} calls in a second");
+    assert!(granted.len() > 90 + 150, "{} calls: there is no more than a second to lose", granted.len());
 }
 
 #[tokio::test]

@@ -1,10 +1,11 @@
 -- Takes calls from all windows of a tenant and the fleet at once, on Redis's clock.
--- KEYS: the tenant's pause, then one hash per window: number of a part -> calls in it, and `b`, when the
---   window came into being. A window that is not there is new: it grows from a hundredth to its limit.
+-- KEYS: the tenant's pause, then one hash per window: number of a part -> calls in it, `p` and such a number -> calls
+--   made before the window came into being, as far as somebody has told, and `b`, when that was. A window that
+--   is not there is new: it grows from a hundredth to its limit, or to what those calls leave of it.
 -- ARGV: calls wanted, share of each ceiling that is to be left over, then per window: limit, microseconds,
---   calls made elsewhere that are not counted yet.
+--   calls made elsewhere that are not counted yet, and calls of before it came into being, as `parts ago:calls ...`.
 -- Answer: calls granted, microseconds until the next one, 1 if paused, the time, then per window: calls used,
--- ceiling.
+-- ceiling, when it came into being.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local want, leave = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -13,19 +14,25 @@ local granted, windows = want, {}
 if paused > 0 then granted = 0 end
 
 for key = 2, #KEYS do
-  local at = 3 * (key - 1)
+  local at = 4 * key - 5
   local limit, per, debt = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
   local part = math.floor(per / 100)
   -- Leaving parts that count in full: calls do not arrive the moment they are granted.
   local leaving = per > 1000000 and 1 or 3
   local number = math.floor(now / part)
+  for ago, calls in string.gmatch(ARGV[at + 3], '(%d+):(%d+)') do
+    redis.call('HINCRBY', KEYS[key], 'p' .. string.format('%.0f', number - ago), calls)
+  end
   local fields = redis.call('HGETALL', KEYS[key])
-  local born, used, oldest = nil, 0, nil
+  local born, used, before, oldest = nil, 0, 0, nil
   for field = 1, #fields, 2 do
-    if fields[field] == 'b' then
+    local told, name = string.match(fields[field], '^(p?)(%d+)$')
+    if not name then
       born = tonumber(fields[field + 1])
-    elseif tonumber(fields[field]) <= number - 100 - leaving then
+    elseif tonumber(name) <= number - 100 - leaving then
       redis.call('HDEL', KEYS[key], fields[field])
+    elseif told == 'p' then
+      before = before + tonumber(fields[field + 1])
     else
       used = used + tonumber(fields[field + 1])
       if not oldest or tonumber(fields[field]) < oldest then oldest = tonumber(fields[field]) end
@@ -40,10 +47,11 @@ for key = 2, #KEYS do
     used = used + debt
     oldest = oldest or number
   end
-  local ceiling = math.min(limit, math.max(1, math.floor(limit / 100)) + math.floor(limit * math.max(0, now - born) / per))
+  local grown = math.max(1, math.floor(limit / 100)) + math.floor(limit * math.max(0, now - born) / per)
+  local ceiling = math.max(0, math.min(limit - before, grown))
   local free = math.max(0, ceiling - used - math.floor(ceiling * leave))
   granted = math.min(granted, free)
-  windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, limit = limit, per = per, free = free}
+  windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, born = born, limit = limit, per = per, free = free}
 end
 
 local wait = math.max(0, paused) * 1000
@@ -61,6 +69,7 @@ for key = 2, #KEYS do
   end
   answer[#answer + 1] = window.used + granted
   answer[#answer + 1] = window.ceiling
+  answer[#answer + 1] = window.born
 end
 answer[2] = wait
 return answer
