@@ -214,6 +214,7 @@ mod tests {
         let mut joined = flights.running(&"key").unwrap();
         assert!(flights.is_running(&"key") && !flights.is_running(&"other"));
         assert!(flights.running(&"other").is_none());
+        assert!(flights.clone().is_running(&"key"), "a clone is of the same table");
         assert_eq!((flights.len(), flights.is_empty()), (1, false));
         for outcome in [&mut outcome, &mut joined] {
             assert_eq!(*outcome.wait_for(Option::is_some).await.unwrap(), Some(Ok(7)));

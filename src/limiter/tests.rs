@@ -181,6 +181,25 @@ async fn who_shares_the_quota_with_others_is_told_by_what_they_leave() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_queue_that_has_just_formed_is_not_judged_by_its_pace() {
+    let limiter = limiter(config("10/s", ""));
+    grown(&limiter, &["key"]).await;
+    let admit = async |patience| limiter.admit(&call(patience)).await.map(drop);
+    for _ in 0..9 {
+        admit(SECOND).await.unwrap();
+    }
+    // One is left for six; the next ten are there in a second, but until then this looks like one in 0.9 s.
+    let early = join_all((0..6).map(|_| admit(60 * SECOND)));
+    let late = async {
+        sleep(9 * SECOND / 10).await;
+        admit(3 * SECOND).await
+    };
+    let (early, late) = tokio::join!(early, late);
+    assert!(early.iter().all(Result::is_ok));
+    assert_eq!(late, Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_the_fleet_has_used_up_is_told_from_what_a_tenant_has() {
     let limiter = limiter(config("10/s", "12/s"));
     grown(&limiter, &["a", "b"]).await;
