@@ -253,7 +253,8 @@ impl Settings {
                 Err(fault) => faults.push(fault),
             }
         }
-        read(&mut Reader { figment, faults, effective: Vec::new() })
+        let merged = figment.find_value("").unwrap_or_else(|_| Dict::new().into());
+        read(&mut Reader { figment, merged, faults, effective: Vec::new() })
     }
 
     /// Every key that is set, in the order of the documentation.
@@ -423,6 +424,8 @@ const NETWORKS: &str = "networks such as 10.0.0.0/8";
 /// Reads values and collects what is wrong with them.
 struct Reader {
     figment: Figment,
+    /// All layers in one. `figment` would merge them again for every key.
+    merged: Value,
     faults: Vec<Fault>,
     effective: Vec<Effective>,
 }
@@ -508,11 +511,12 @@ impl Reader {
     }
 
     fn find(&self, key: &str) -> Option<Value> {
-        self.figment.find_value(key).ok()
+        self.merged.find_ref(key).cloned()
     }
 
     fn source(&self, key: &str) -> String {
-        match self.figment.find_metadata(key).map(|found| found.name.as_ref()) {
+        let found = self.merged.find_ref(key).and_then(|value| self.figment.get_metadata(value.tag()));
+        match found.map(|found| found.name.as_ref()) {
             None => "default".to_owned(),
             Some(ENVIRONMENT) => format!("environment variable {}", variable(key)),
             Some(layer) => layer.to_owned(),
@@ -545,7 +549,7 @@ fn is_secret(name: &str) -> bool {
 }
 
 /// One source of values.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Layer {
     name: String,
     values: Dict,
@@ -668,9 +672,11 @@ fn flatten(prefix: &str, values: &Dict, names: &mut Vec<String>) {
 }
 
 fn unknown(name: &str, known: impl Iterator<Item = String>) -> String {
-    let closest = known.map(|known| (strsim::damerau_levenshtein(name, &known), known)).min();
+    const FAR: usize = 4;
+    let near = known.filter(|known| known.len().abs_diff(name.len()) <= FAR);
+    let closest = near.map(|known| (strsim::damerau_levenshtein(name, &known), known)).min();
     match closest {
-        Some((distance, known)) if distance <= 4 => format!("there is no such key; did you mean {known}?"),
+        Some((distance, known)) if distance <= FAR => format!("there is no such key; did you mean {known}?"),
         _ => "there is no such key".to_owned(),
     }
 }

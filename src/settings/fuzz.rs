@@ -1,5 +1,7 @@
 //! What must hold of any configuration an operator may write.
 
+use std::sync::LazyLock;
+
 use super::{DEFAULTS, Effective, Faults, Layer, Settings, is_secret};
 
 /// A TOML file; behind a line of `---`, lines of `VARIABLE=value`.
@@ -34,9 +36,11 @@ pub fn settings(input: &[u8]) {
 }
 
 fn load(file: &str, variables: &[(String, String)]) -> Result<Settings, Faults> {
+    // The same each time, and more to read than most inputs.
+    static DEFAULT: LazyLock<Layer> = LazyLock::new(|| Layer::toml("default", DEFAULTS).unwrap());
     let mut faults = Vec::new();
     let environment = Layer::environment(variables.iter().cloned(), &mut faults);
-    Settings::of([Layer::toml("default", DEFAULTS), Layer::toml("file", file), Ok(environment)], faults)
+    Settings::of([Ok(DEFAULT.clone()), Layer::toml("file", file), Ok(environment)], faults)
 }
 
 /// Keys and values in force, without the secrets.
