@@ -885,13 +885,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             life: kept.lifetime.fresh,
         };
         // Younger than half its life is renewed already.
-        let fresh = K::policy(&self.0.config).fresh;
-        if let Some((kept, _)) = self.in_memory::<K>(&key)
-            && kept.age() < kept.lifetime.fresh / 2
-        {
-            return Ok(renewed(&kept, false));
-        }
-        let half = u64::try_from((fresh / 2).as_micros()).unwrap_or(u64::MAX);
+        let half = match self.in_memory::<K>(&key) {
+            Some((kept, _)) if kept.age() < kept.lifetime.fresh / 2 => return Ok(renewed(&kept, false)),
+            Some((kept, _)) => kept.lifetime.fresh / 2,
+            None => K::policy(&self.0.config).fresh / 2,
+        };
+        let half = u64::try_from(half.as_micros()).unwrap_or(u64::MAX);
         let version = self.version_now().saturating_sub(half);
         let filled = match self.0.flights.running(&key.name) {
             Some(running) => landed(running).await?,

@@ -657,4 +657,61 @@ mod tests {
         assert_eq!(waiting(&first), None, "the oldest did not make room");
         assert!(all.iter().all(|name| waiting(name).is_some()));
     }
+
+    #[tokio::test]
+    async fn who_was_cut_off_hears_what_was_said_meanwhile_or_that_some_of_it_is_gone() {
+        let server = crate::redis_server::RedisServer::start().await;
+        let redis = Redis::to(&server.url());
+        let tier = || RedisTier::new(redis.clone(), Clock::system());
+        let (teller, mut link) = (tier(), redis.own_link().await.unwrap());
+        let revoked = |tenant: u8| teller.event("revoke", &hex(&[tenant; 16]), 0);
+        let shutdown = CancellationToken::new();
+        let (sender, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let listener =
+            tokio::spawn(tier().follow(shutdown.clone(), move |event| sender.send(event).unwrap()));
+        // The tenant the next event is about; `None` says that events are gone.
+        let mut next = async || match timeout(5 * LONGEST_PAUSE, heard.recv()).await.unwrap().unwrap() {
+            Event::Revoked { tenant, .. } => Some(tenant[0]),
+            Event::Missed => None,
+            other => panic!("{other:?}"),
+        };
+        let listening = async |link: &mut Link| loop {
+            let clients: String = cmd("CLIENT").arg("LIST").query_async(link).await.unwrap();
+            let reader = clients.lines().find(|client| client.contains("cmd=xread"));
+            if let Some((id, _)) = reader.and_then(|reader| reader.strip_prefix("id=")?.split_once(' ')) {
+                return id.to_owned();
+            }
+            sleep(Duration::from_millis(5)).await;
+        };
+        let mut cut_off = async |meanwhile: &[redis::Cmd]| {
+            let mut all = redis::pipe();
+            all.atomic().cmd("CLIENT").arg("KILL").arg("ID").arg(listening(&mut link).await);
+            for command in meanwhile {
+                all.add_command(command.clone());
+            }
+            all.exec_async(&mut link).await.unwrap();
+            listening(&mut link).await;
+        };
+        let empty = || cmd("XTRIM").arg(STREAM).arg("MAXLEN").arg(0).to_owned();
+
+        // Nobody who has heard nothing yet has missed anything.
+        cut_off(&[]).await;
+        cut_off(&[revoked(1)]).await;
+        assert_eq!(next().await, Some(1));
+        // Nothing new, and the last it heard is the oldest there is.
+        cut_off(&[]).await;
+        cut_off(&[revoked(2), revoked(3)]).await;
+        assert_eq!([next().await, next().await], [Some(2), Some(3)]);
+        // Of what it has not heard, the first is gone, and with it the last it has heard.
+        cut_off(&[revoked(4), empty(), revoked(5)]).await;
+        assert_eq!(next().await, None);
+        // It goes on from there: what is gone is not told in part.
+        cut_off(&[revoked(6)]).await;
+        assert_eq!(next().await, Some(6));
+        cut_off(&[empty()]).await;
+        assert_eq!(next().await, None);
+
+        shutdown.cancel();
+        listener.await.unwrap();
+    }
 }

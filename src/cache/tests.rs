@@ -504,6 +504,55 @@ async fn an_answer_passes_through_every_state_of_its_life() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_renewed_ahead_costs_one_call_in_half_a_life() {
+    let about = [
+        (Resource::Domain, Subject::Domain(DomainName::parse("example.com").unwrap())),
+        (Resource::Host, Subject::Ip(ip(1))),
+        (Resource::Vulnerabilities, Subject::Ip(ip(1))),
+    ];
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    for (resource, subject) in &about {
+        let calls = fake.calls();
+        let ahead = || Call { priority: Priority::Prefetch, ..call() };
+        let renew = async || stage.renew_ahead(&ahead(), *resource, subject).await.unwrap();
+        let Renewed { asked: true, expires_in: Some(expires_in), life } = renew().await else {
+            panic!("{resource:?}: nobody was asked")
+        };
+        assert!(life - expires_in < SECOND, "{resource:?}: {expires_in:?} of {life:?}");
+        advance(life / 2 - SECOND).await;
+        assert!(!renew().await.asked, "{resource:?}: it is young");
+        advance(SECOND).await;
+        assert!(renew().await.asked, "{resource:?}: half its life is over");
+        assert_eq!(fake.calls(), calls + 2);
+    }
+    // What cannot be asked is no answer.
+    let nonsense = stage.renew_ahead(&call(), Resource::Domain, &about[1].1).await;
+    assert_eq!(nonsense, Err(Error::Lost));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_leaves_renewing_to_whoever_cares_until_it_is_late() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    let notes = stage.notes();
+    let ask = async || {
+        stage.host(&call(), ip(1)).await.unwrap();
+        settle().await;
+    };
+    ask().await;
+    let [note] = &notes.collect()[..] else { panic!("not one note") };
+    note.reads.care(true);
+    let late = lead(note.life) / 2;
+    advance(note.life - late - SECOND).await;
+    ask().await;
+    assert_eq!(fake.calls(), 1, "a reader did what somebody else will do");
+    advance(SECOND).await;
+    ask().await;
+    assert_eq!(fake.calls(), 2, "nobody did it");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stale_answer_stands_in_for_a_cyberscan_that_fails_or_is_slow() {
     let fake = Fake::default();
     let stage = stage(&fake);
