@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::{Instant, sleep, timeout_at},
@@ -62,6 +62,9 @@ const BATCH: usize = 16;
 const SHARED_BATCH: u32 = 4;
 /// How long a queue must have been busy before its pace tells how long others will wait.
 const PACE: Duration = Duration::from_secs(1);
+/// How often it is asked again whether there is a call, however long that will take as it looks: more than a window
+/// of a second takes.
+const RECOUNT: Duration = Duration::from_secs(2);
 /// Tenants that are remembered, and how long without a call.
 const TENANTS: u64 = 10_000;
 const IDLE: Duration = Duration::from_secs(26 * 3600);
@@ -80,6 +83,8 @@ struct Inner {
     tenants: Cache<TenantId, Arc<Tenant>>,
     /// Tenants take turns at the fleet's quota: the lock is fair.
     turn: tokio::sync::Mutex<()>,
+    /// When the fleet's quota has a call for any tenant.
+    fleet_next: Mutex<Option<Estimate>>,
     started: Instant,
     metrics: Metrics,
     tasks: TaskTracker,
@@ -123,15 +128,31 @@ struct Queue {
     busy: Option<(Instant, u32)>,
     /// A task is serving the queue.
     served: bool,
-    /// No call can be granted before.
-    next: Option<Instant>,
+    /// When the tenant's own quota has a call for it.
+    next: Option<Estimate>,
     paused: Option<Instant>,
     /// When the windows came into being of which the last grant was; none while Redis is away.
     born: Vec<u64>,
-    /// The fleet's quota is what is used up.
-    by_fleet: bool,
     /// 429s in a row.
     strikes: u32,
+}
+
+/// When a call can be granted, as it looked at some time. Redis, or its memory, may be lost or found at any moment: where
+/// nobody has looked again for a while, the next caller does.
+#[derive(Clone, Copy)]
+struct Estimate {
+    until: Instant,
+    as_of: Instant,
+}
+
+impl Estimate {
+    /// In what time that is, for someone with `ahead` others before them.
+    fn wait(self, ahead: usize, now: Instant) -> Duration {
+        if ahead == 0 && now - self.as_of >= 2 * RECOUNT {
+            return Duration::ZERO;
+        }
+        self.until.saturating_duration_since(now)
+    }
 }
 
 /// Leave to make one call. The tenant's slot is free again when it is dropped.
@@ -147,8 +168,14 @@ impl Limiter {
         Self(Arc::new(Inner {
             fleet: Scope::new(&config.fleet, config.fallback_share),
             shared: redis.map(SharedQuota::new),
-            tenants: Cache::builder().max_capacity(TENANTS).time_to_idle(IDLE).build(),
+            // A tenant that is new always finds a place: what it has used is not to be forgotten at once.
+            tenants: Cache::builder()
+                .max_capacity(TENANTS)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_idle(IDLE)
+                .build(),
             turn: tokio::sync::Mutex::new(()),
+            fleet_next: Mutex::default(),
             started,
             metrics,
             tasks,
@@ -232,8 +259,9 @@ impl Limiter {
     /// this replica has been getting of them lately, if that is less.
     fn wait_behind(&self, queue: &Queue, ahead: usize) -> Duration {
         let now = Instant::now();
-        let next = [queue.next, queue.paused].into_iter().flatten().max();
-        let until = next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now));
+        let estimates = [queue.next, *lock(&self.0.fleet_next)].into_iter().flatten();
+        let until = estimates.map(|estimate| estimate.wait(ahead, now)).max().unwrap_or_default();
+        let until = until.max(queue.paused.map_or(Duration::ZERO, |end| end.saturating_duration_since(now)));
         let windows = self.0.config.tenant.iter().chain(&self.0.config.fleet);
         let whole = windows.map(|window| {
             let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
@@ -247,6 +275,14 @@ impl Limiter {
             }
             _ => at_best,
         }
+    }
+
+    /// Whether the fleet's quota is what a tenant waits for.
+    fn fleet_is_later(&self, tenant: &Tenant) -> bool {
+        let queue = lock(&tenant.queue);
+        let own = queue.next.map(|next| next.until).max(queue.paused);
+        let of_fleet = lock(&self.0.fleet_next).map(|next| next.until);
+        of_fleet.is_some_and(|until| until > Instant::now()) && of_fleet > own
     }
 
     /// Grants calls to those who wait, in their order, until nobody does.
@@ -271,25 +307,28 @@ impl Limiter {
             let grant = self.take_in_turn(tenant, wanted).await;
             self.hand_out(tenant, &grant, slots);
             if grant.calls == 0 {
-                sleep(grant.wait.max(Duration::from_millis(1))).await;
+                sleep(again(&grant)).await;
             }
         }
     }
 
-    /// Takes calls for who waits. Where the fleet has none left, the turn is kept until it has: then other
-    /// tenants have theirs, in the order they came.
+    /// Takes calls for who waits. Where only the fleet has none left, the turn is kept until it has or nobody waits:
+    /// then other tenants have theirs, in the order they came.
     async fn take_in_turn(&self, tenant: &Tenant, wanted: u32) -> Grant {
         if self.0.fleet.windows.is_empty() {
-            return self.take(tenant, wanted, 0.0).await;
+            return self.take(tenant, wanted, Priority::Interactive).await;
         }
         let _turn = self.0.turn.lock().await;
         loop {
-            let grant = self.take(tenant, wanted.min(SHARED_BATCH), 0.0).await;
+            let grant = self.take(tenant, wanted.min(SHARED_BATCH), Priority::Interactive).await;
             if grant.calls > 0 || !grant.fleet_exhausted {
                 return grant;
             }
             self.hand_out(tenant, &grant, Vec::new());
-            sleep(grant.wait.max(Duration::from_millis(1))).await;
+            if lock(&tenant.queue).waiting.is_empty() {
+                return grant;
+            }
+            sleep(again(&grant)).await;
         }
     }
 
@@ -313,8 +352,12 @@ impl Limiter {
                 slots.push(slot);
             }
         }
-        queue.next = (!grant.wait.is_zero()).then(|| now + grant.wait);
-        queue.by_fleet = grant.fleet_exhausted;
+        let next = (!grant.wait.is_zero()).then(|| Estimate { until: now + grant.wait, as_of: now });
+        let (own, of_fleet) = if grant.fleet_exhausted { (None, next) } else { (next, None) };
+        queue.next = own;
+        if grant.calls > 0 || of_fleet.is_some() {
+            *lock(&self.0.fleet_next) = of_fleet;
+        }
         if grant.paused {
             queue.paused = Some(now + grant.wait);
             // A pause says nothing about the pace.
@@ -336,23 +379,30 @@ impl Limiter {
         }
     }
 
-    /// Takes as many of `calls` as all windows allow.
-    async fn take(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
-        let grant = self.take_unnoted(tenant, calls, leave).await;
+    /// Takes as many of `calls` as all windows allow; none are asked for to learn what is used.
+    async fn take(&self, tenant: &Tenant, calls: u32, priority: Priority) -> Grant {
+        let grant = self.take_unnoted(tenant, calls, priority).await;
         if !grant.used.is_empty() {
             *lock(&tenant.used) = Some((Instant::now(), grant.used.clone()));
         }
         grant
     }
 
-    async fn take_unnoted(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
+    async fn take_unnoted(&self, tenant: &Tenant, calls: u32, priority: Priority) -> Grant {
         if let Some(pause) = tenant.paused() {
             return Grant { wait: pause, paused: true, ..Grant::default() };
         }
+        let leave = match priority {
+            Priority::Interactive => 0.0,
+            Priority::Prefetch => self.0.config.reserve,
+        };
         let Some(shared) = &self.0.shared else {
             return self.take_here(tenant, calls, leave);
         };
-        let (of_tenant, of_fleet) = (tenant.scope.owed(self.now()), self.0.fleet.owed(self.now()));
+        // Who asks for none may leave before there is an answer.
+        let tell = calls > 0;
+        let (of_tenant, of_fleet) =
+            (tenant.scope.owed(self.now(), tell), self.0.fleet.owed(self.now(), tell));
         let demand = Demand { tenant: tenant.id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
         match shared.take(&demand).await {
             Ok(grant) => {
@@ -373,7 +423,7 @@ impl Limiter {
                         lock(&scope.born).fill(0);
                     }
                 }
-                self.take_share(tenant, leave)
+                self.take_share(tenant, calls, priority)
             }
         }
     }
@@ -396,18 +446,20 @@ impl Limiter {
             wait = wait.max(window.wait(now));
         }
         let used = windows.iter_mut().map(|window| window.used(now)).collect();
-        let fleet_exhausted = all.iter_mut().any(|window| window.available(now) == 0);
+        let used_up =
+            |windows: &mut [SlidingWindow]| windows.iter_mut().any(|window| window.available(now) == 0);
+        let fleet_exhausted = used_up(&mut all) && !used_up(&mut own);
         Grant { calls: granted, wait, fleet_exhausted, used, ..Grant::default() }
     }
 
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
     /// that Redis can be told when it is back.
-    fn take_share(&self, tenant: &Tenant, leave: f64) -> Grant {
+    fn take_share(&self, tenant: &Tenant, calls: u32, priority: Priority) -> Grant {
         let (scopes, now) = ([&tenant.scope, &self.0.fleet], self.now());
         // Both are asked before either is taken from: what one grants and the other refuses would be lost.
         let [own, all] = scopes.map(|scope| scope.wait_for_share(now));
         // Prefetching can wait until the fleet counts together again.
-        let granted = own.max(all).is_zero() && leave == 0.0;
+        let granted = calls > 0 && own.max(all).is_zero() && priority == Priority::Interactive;
         if granted {
             for scope in scopes {
                 scope.share.iter().for_each(Spacing::take);
@@ -457,7 +509,7 @@ impl Limiter {
             .flatten()
             .ok_or_else(|| throttled(FIRST_PAUSE))?;
         if self.metered() {
-            let grant = self.take(tenant, 1, self.0.config.reserve).await;
+            let grant = self.take(tenant, 1, Priority::Prefetch).await;
             if grant.calls == 0 {
                 return Err(throttled(grant.wait));
             }
@@ -477,8 +529,10 @@ impl Admission for Limiter {
             Priority::Prefetch => (Urgency::Prefetch, self.admit_prefetch(&tenant).await),
         };
         let decision = if outcome.is_ok() { Decision::Granted } else { Decision::Refused };
-        let by_fleet = outcome.is_err() && lock(&tenant.queue).by_fleet;
-        let scope = if by_fleet { QuotaScope::Fleet } else { QuotaScope::Tenant };
+        let scope = match outcome {
+            Err(_) if self.fleet_is_later(&tenant) => QuotaScope::Fleet,
+            _ => QuotaScope::Tenant,
+        };
         self.0.metrics.limiter_decisions.inc((scope, urgency, decision));
         if urgency == Urgency::Interactive && outcome.is_ok() {
             self.0.metrics.limiter_wait.observe((), asked.elapsed().as_secs_f64());
@@ -509,7 +563,7 @@ impl Admission for Limiter {
 
     async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
         let tenant = self.tenant(call.tenant.id());
-        let grant = self.take(&tenant, 0, 0.0).await;
+        let grant = self.take(&tenant, 0, Priority::Interactive).await;
         let of = |windows: &[Window], of_fleet| {
             let quota = move |window: &Window| (of_fleet, window.limit.get(), window.per);
             windows.iter().map(quota).collect::<Vec<_>>()
@@ -568,8 +622,8 @@ impl Scope {
         full.unwrap_or_else(|| self.share.iter().map(Spacing::wait).max().unwrap_or_default())
     }
 
-    /// The windows, each with the calls Redis has not been told of.
-    fn owed(&self, now: u64) -> Vec<Account> {
+    /// The windows, each with the calls Redis has not been told of; those it has forgotten only to `tell` it.
+    fn owed(&self, now: u64, tell: bool) -> Vec<Account> {
         let mut untold = lock(&self.untold);
         if untold.is_empty() {
             untold.extend(self.windows.iter().map(|window| SlidingWindow::new(*window, now)));
@@ -582,9 +636,11 @@ impl Scope {
                 forgotten: Vec::new(),
             })
             .collect();
-        // Told once: who asks at the same time tells nothing of it.
-        for (account, forgotten) in accounts.iter_mut().zip(std::mem::take(&mut *lock(&self.forgotten))) {
-            account.forgotten = forgotten;
+        if tell {
+            // Told once: who asks at the same time tells nothing of it.
+            for (account, forgotten) in accounts.iter_mut().zip(std::mem::take(&mut *lock(&self.forgotten))) {
+                account.forgotten = forgotten;
+            }
         }
         accounts
     }
@@ -620,6 +676,11 @@ impl Scope {
 fn latest(now: Instant, deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(now);
     deadline - (left / 10).min(Duration::from_secs(1))
+}
+
+/// When to ask for calls again after a `grant` of none.
+fn again(grant: &Grant) -> Duration {
+    grant.wait.clamp(Duration::from_millis(1), RECOUNT)
 }
 
 fn throttled(wait: Duration) -> Error {

@@ -28,7 +28,7 @@ pub(super) struct Grant {
     pub(super) wait: Duration,
     /// CyberScan has asked for a pause.
     pub(super) paused: bool,
-    /// The fleet's quota has nothing left.
+    /// The fleet's quota has nothing left, and that is all the tenant waits for.
     pub(super) fleet_exhausted: bool,
     /// Calls used in each window, in the order asked.
     pub(super) used: Vec<u32>,
@@ -95,9 +95,10 @@ impl SharedQuota {
             return Err(Unavailable);
         }
         let used_up = |window: &[u64]| window.first() >= window.get(1);
-        let of_fleet = windows.chunks(3).skip(demand.of_tenant.len());
+        let (of_tenant, of_fleet) = windows.split_at(3 * demand.of_tenant.len());
+        let any_used_up = |windows: &[u64]| windows.chunks(3).any(used_up);
         let grant = Grant {
-            fleet_exhausted: of_fleet.into_iter().any(used_up),
+            fleet_exhausted: paused == 0 && any_used_up(of_fleet) && !any_used_up(of_tenant),
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             paused: paused == 1,

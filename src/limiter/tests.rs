@@ -10,6 +10,8 @@ use crate::{
 };
 
 const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
 
 fn config(tenant: &str, fleet: &str) -> Config {
     let windows =
@@ -214,6 +216,45 @@ async fn what_the_fleet_has_used_up_is_told_from_what_a_tenant_has() {
     assert_eq!((refused(QuotaScope::Tenant), refused(QuotaScope::Fleet)), (1, 0));
     ask("b").await;
     assert_eq!((refused(QuotaScope::Tenant), refused(QuotaScope::Fleet)), (1, 9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_fleet_lacks_is_told_to_every_tenant_at_once() {
+    let limiter = limiter(config("1000/s", "1/m"));
+    grown(&limiter, &["first"]).await;
+    let patient = {
+        let limiter = limiter.clone();
+        tokio::spawn(
+            async move { limiter.admit(&call_of("first", HOUR, Priority::Interactive)).await.map(drop) },
+        )
+    };
+    sleep(SECOND).await;
+    let asked = Instant::now();
+    for _ in 0..3 {
+        let refused = limiter.admit(&call_of("second", 20 * SECOND, Priority::Interactive)).await.err();
+        let Some(Error::Throttled { retry_after }) = refused else { panic!("{refused:?}") };
+        assert!(retry_after > 50 * SECOND, "{retry_after:?}");
+    }
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    patient.await.unwrap().unwrap();
+    assert!(asked.elapsed() < 61 * SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_its_own_quota_does_not_keep_the_turn_at_the_fleets() {
+    let limiter = limiter(config("1/h", "1/s"));
+    grown(&limiter, &["first"]).await;
+    // In a moment in which the fleet has nothing left either.
+    drop(limiter.admit(&call_of("second", SECOND, Priority::Interactive)).await.unwrap());
+    let waiting = {
+        let limiter = limiter.clone();
+        tokio::spawn(async move {
+            limiter.admit(&call_of("first", 2 * HOUR, Priority::Interactive)).await.map(drop)
+        })
+    };
+    sleep(SECOND / 10).await;
+    drop(limiter.admit(&call_of("third", 3 * SECOND, Priority::Interactive)).await.unwrap());
+    waiting.await.unwrap().unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -609,6 +650,36 @@ async fn who_waits_while_redis_is_lost_is_not_told_that_it_takes_for_ever() {
 
 /// What a tenant's share grants and the fleet's refuses was lost: two who asked together got less than half of it,
 /// and of them one almost all.
+/// Without Redis a share of a day has its next call in minutes. That holds for as long as Redis is away.
+#[tokio::test]
+async fn a_moment_without_redis_does_not_refuse_a_tenant_for_long() {
+    let server = RedisServer::process(&[]).await;
+    let limiter = Limiter::new(
+        config("1000/d", "2000/d"),
+        Some(Redis::to(&server.url())),
+        Metrics::new(),
+        TaskTracker::new(),
+    );
+    drop(limiter.admit(&call(5 * SECOND)).await.unwrap());
+    server.freeze();
+    let (mut refused, mut told) = (0, Duration::ZERO);
+    for _ in 0..8 {
+        if let Err(error) = limiter.admit(&call(2 * SECOND)).await.map(drop) {
+            let Error::Throttled { retry_after } = error else { panic!("{error:?}") };
+            (refused, told) = (refused + 1, told.max(retry_after));
+        }
+    }
+    assert!(refused > 0 && told > MINUTE, "{refused} of 8 were refused for {told:?}: Redis was not missed");
+    // To ask costs nothing, neither with Redis nor without.
+    assert!(limiter.quotas(&call(SECOND)).await.is_empty());
+    server.thaw();
+    let thawed = Instant::now();
+    while limiter.admit(&call(2 * SECOND)).await.is_err() {
+        assert!(thawed.elapsed() < 10 * SECOND, "refused although Redis is back");
+        sleep(SECOND / 10).await;
+    }
+}
+
 #[tokio::test]
 async fn without_redis_tenants_take_turns_at_the_whole_share_of_the_fleet() {
     let mut server = RedisServer::process(&[]).await;

@@ -48,10 +48,11 @@ for key = 2, #KEYS do
     oldest = oldest or number
   end
   local grown = math.max(1, math.floor(limit / 100)) + math.floor(limit * math.max(0, now - born) / per)
-  local ceiling = math.max(0, math.min(limit - before, grown))
+  local most = math.max(0, limit - before)
+  local ceiling = math.min(most, grown)
   local free = math.max(0, ceiling - used - math.floor(ceiling * leave))
   granted = math.min(granted, free)
-  windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, born = born, limit = limit, per = per, free = free}
+  windows[key] = {part = part, leaving = leaving, number = number, used = used, oldest = oldest, ceiling = ceiling, growing = grown < most, born = born, limit = limit, per = per, free = free}
 end
 
 local wait = math.max(0, paused) * 1000
@@ -64,7 +65,7 @@ for key = 2, #KEYS do
   end
   if window.free - granted < 1 then
     local leaves = window.oldest and (window.oldest + 100 + window.leaving) * window.part - now or window.per
-    local grows = window.ceiling < window.limit and math.ceil(window.per / window.limit) or leaves
+    local grows = window.growing and math.ceil(window.per / window.limit) or leaves
     wait = math.max(wait, math.min(leaves, grows))
   end
   answer[#answer + 1] = window.used + granted
