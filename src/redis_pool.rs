@@ -440,3 +440,58 @@ impl Redis {
         Self::new(&config, Metrics::new(), TaskTracker::new()).unwrap()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use deadpool_redis::redis::cmd;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// The driver's own time-out is ten times as long.
+    const TIMEOUT: Duration = Duration::from_millis(50);
+
+    fn redis(url: &str) -> (Redis, Metrics) {
+        let (urls, metrics) = (vec![url.parse().unwrap()], Metrics::new());
+        let config = Config { urls, mode: Mode::Single, master_name: String::new(), timeout: TIMEOUT };
+        (Redis::new(&config, metrics.clone(), TaskTracker::new()).unwrap(), metrics)
+    }
+
+    async fn ping(redis: &Redis) -> (bool, Duration) {
+        let started = Instant::now();
+        let ping = |mut link: Link| async move { cmd("PING").query_async::<String>(&mut link).await };
+        (redis.run(Operation::Read, ping).await.is_ok(), started.elapsed())
+    }
+
+    #[tokio::test]
+    async fn a_redis_that_says_nothing_is_waited_for_three_times_and_then_left_alone() {
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (redis, metrics) = redis(&format!("redis://{}", silent.local_addr().unwrap()));
+        for _ in 0..FAILURES {
+            let (answered, took) = ping(&redis).await;
+            assert!(!answered && took >= TIMEOUT && took < 5 * TIMEOUT, "{took:?}");
+        }
+        let mut quickest = Duration::MAX;
+        for _ in 0..10 {
+            let (answered, took) = ping(&redis).await;
+            assert!(!answered);
+            quickest = quickest.min(took);
+        }
+        assert!(quickest < TIMEOUT / 2, "{quickest:?}");
+        let count = |outcome| metrics.redis_operations.get((Operation::Read, outcome));
+        assert!(count(RedisOutcome::Timeout) >= FAILURES.into() && count(RedisOutcome::Skipped) > 0);
+        assert!(!redis.is_up());
+    }
+
+    #[tokio::test]
+    async fn many_who_find_no_connection_make_one() {
+        let server = crate::redis_server::RedisServer::start().await;
+        let redis = Redis::to(&server.url());
+        let all = futures_util::future::join_all((0..50).map(|_| ping(&redis))).await;
+        assert!(all.iter().all(|(answered, _)| *answered));
+        let stats: deadpool_redis::redis::InfoDict = server.ask(&["INFO", "clients"]).await;
+        // This one's, and that of whoever asks how many there are.
+        let clients: u32 = stats.get("connected_clients").unwrap();
+        assert!(clients <= 3, "{clients} connections");
+    }
+}

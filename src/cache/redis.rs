@@ -285,19 +285,19 @@ impl RedisTier {
         if waiting.is_empty() {
             return;
         }
-        let count = waiting.len();
+        let (count, mut all_done) = (waiting.len(), true);
         let mut waiting = waiting.into_iter();
         for write in waiting.by_ref() {
             let life = write.until.saturating_duration_since(Instant::now());
             let written = self.write(&write.key, &write.value, write.version, life, String::new());
             if !life.is_zero() && written.await.is_err() {
                 self.postpone(write);
+                all_done = false;
                 break;
             }
         }
-        let left = waiting.len();
         waiting.for_each(|write| self.postpone(write));
-        if left == 0 {
+        if all_done {
             info!(count, "writes that had waited for redis are done");
         }
     }

@@ -3,7 +3,7 @@
 
 use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
 
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
 use super::{
@@ -31,7 +31,9 @@ impl<P: CyberScan + Clone> Breaker<P> {
     /// Breakers in front of `next`, all closed.
     #[must_use]
     pub fn new(next: P) -> Self {
-        Self { next, hosts: Cache::builder().max_capacity(HOSTS).time_to_idle(IDLE).build() }
+        // A host that is new always finds a place: its failures are not to be forgotten at once.
+        let hosts = Cache::builder().max_capacity(HOSTS).eviction_policy(EvictionPolicy::lru());
+        Self { next, hosts: hosts.time_to_idle(IDLE).build() }
     }
 
     /// Brings the gauges of breakers up to date.

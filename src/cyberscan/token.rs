@@ -6,7 +6,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::HeaderValue;
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -70,7 +70,12 @@ impl AccessTokens {
     #[must_use]
     pub fn new(clock: Clock, tasks: TaskTracker) -> Self {
         Self {
-            tokens: Cache::builder().max_capacity(TENANTS).time_to_idle(IDLE).build(),
+            // A tenant that is new always finds a place, or each of its calls would fetch a token.
+            tokens: Cache::builder()
+                .max_capacity(TENANTS)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_idle(IDLE)
+                .build(),
             flights: Flights::new(tasks),
             clock,
         }

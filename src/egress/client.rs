@@ -181,6 +181,8 @@ pub(super) fn broken(error: &reqwest::Error) -> Transport {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::sandbox::{self, IssuerBehaviour, Sandbox};
 
@@ -227,18 +229,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_private_literal_is_refused_before_any_connection() {
+    async fn a_private_address_is_refused_before_any_connection_as_a_literal_and_behind_a_name() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let host: Host = listener.local_addr().unwrap().to_string().parse().unwrap();
-        let call = || Call {
-            method: Method::GET,
-            host: &host,
-            path: "/",
-            headers: HeaderMap::new(),
-            json: None,
-            limit: 1,
-            deadline: Instant::now() + Duration::from_secs(5),
-        };
+        let port = listener.local_addr().unwrap().port();
         let config = |allow_cidrs| Config {
             allow_cidrs,
             proxy: None,
@@ -246,12 +239,61 @@ mod tests {
             connect_timeout: Duration::from_secs(2),
         };
         let guarded = Http::new(&config(vec![])).unwrap();
-        assert_eq!(guarded.send(call()).await.unwrap_err(), Transport::Refused);
-
         let allowed = Http::new(&config(vec!["127.0.0.0/8".parse().unwrap()])).unwrap();
-        let (outcome, accepted) =
-            tokio::join!(allowed.send(call()), async { listener.accept().await.map(drop) });
-        assert_eq!(outcome.unwrap_err(), Transport::Unreachable);
-        assert!(accepted.is_ok());
+        for (name, refused) in [("127.0.0.1", Transport::Refused), ("localhost", Transport::Unreachable)] {
+            let host: Host = format!("{name}:{port}").parse().unwrap();
+            let call = || Call {
+                method: Method::GET,
+                host: &host,
+                path: "/",
+                headers: HeaderMap::new(),
+                json: None,
+                limit: 1,
+                deadline: Instant::now() + Duration::from_secs(5),
+            };
+            assert_eq!(guarded.send(call()).await.unwrap_err(), refused);
+            assert!(listener.accept().now_or_never().is_none(), "{name} was connected to");
+
+            let (outcome, accepted) =
+                tokio::join!(allowed.send(call()), async { listener.accept().await.map(drop) });
+            assert_eq!(outcome.unwrap_err(), Transport::Unreachable);
+            assert!(accepted.is_ok());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_host_that_falls_silent_is_given_up_before_the_deadline() {
+        let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
+        let ca = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+        let config = Config {
+            allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+            proxy: None,
+            extra_ca_file: Some(ca.path().to_owned()),
+            connect_timeout: Duration::from_secs(2),
+        };
+        let (http, host) = (Http::new(&config).unwrap(), sandbox.issuer.host().parse::<Host>().unwrap());
+        sandbox.issuer.respond_with(IssuerBehaviour::Hang);
+        let hour = Duration::from_secs(3_600);
+        let asking = tokio::spawn(async move {
+            let call = Call {
+                method: Method::GET,
+                host: &host,
+                path: "/.well-known/jwks",
+                headers: HeaderMap::new(),
+                json: None,
+                limit: 1,
+                deadline: Instant::now() + hour,
+            };
+            http.send(call).await.map(|reply| reply.body)
+        });
+        // From here on only clocks are waited for.
+        while sandbox.issuer.fetches() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::pause();
+        let silent = Instant::now();
+        assert_eq!(asking.await.unwrap(), Err(Transport::TimedOut));
+        assert!(silent.elapsed() <= READ, "{:?}", silent.elapsed());
     }
 }

@@ -184,3 +184,44 @@ pub fn init(config: &Config) -> LogLevel {
     }));
     LogLevel(Some((handle, output)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn of_a_log_nobody_reads_a_megabyte_waits_and_no_more() {
+        let mut output = Output::default();
+        let line = [b'x'; 1_000];
+        for _ in 0..3_000 {
+            output.write_all(&line).unwrap();
+        }
+        let waiting = output.waiting().lines.len();
+        assert!(waiting <= WAITING && waiting + line.len() > WAITING, "{waiting} bytes wait");
+    }
+
+    /// In a process of its own: what a panic says is the same for all threads of one.
+    #[test]
+    fn a_panic_is_logged_by_its_place_and_not_by_its_text() {
+        const PANICS: &str = "RELAY_TEST_PANICS";
+        const TEXT: &str = "key-4f1d90c2";
+        if std::env::var_os(PANICS).is_some() {
+            let level = init(&Config { format: LogFormat::Json, level: "info".parse().unwrap() });
+            let ended = std::thread::spawn(|| panic!("stumbled over {TEXT}")).join();
+            assert!(ended.is_err());
+            level.drain();
+            return;
+        }
+        let this = "telemetry::tests::a_panic_is_logged_by_its_place_and_not_by_its_text";
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", this, "--nocapture", "--test-threads=1"])
+            .env(PANICS, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&[child.stdout, child.stderr].concat()).into_owned();
+        assert!(child.status.success() && said.contains(file!()) && said.contains("panic"), "{said}");
+        assert!(!said.contains(TEXT), "{said}");
+    }
+}

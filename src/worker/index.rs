@@ -474,3 +474,46 @@ fn unhex(text: &str) -> Option<Name> {
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{redis_server::RedisServer, tenant::ApiKey};
+
+    async fn what_is_claimed_is_nobodys_until_its_lease_ends(redis: Option<Redis>) {
+        let lease = Duration::from_millis(600);
+        let index = Index::new(redis, 100);
+        let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new("key".into()));
+        let subject = Subject::parse("203.0.113.7").unwrap();
+        let hour = Duration::from_secs(3_600);
+        let due_at_once = Entry::ahead([7; 16], Resource::Host, subject.clone(), Duration::ZERO, hour);
+        index.put(&tenant, &[due_at_once]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+
+        let claimed = index.claim(&tenant, 10, lease).await.unwrap();
+        assert!(matches!(&claimed.due[..], [due] if due.subject == subject && due.unread));
+        assert!(claimed.scheduled == 1 && claimed.next.unwrap() <= lease, "{claimed:?}");
+        let meanwhile = index.claim(&tenant, 10, lease).await.unwrap();
+        assert!(meanwhile.due.is_empty(), "{meanwhile:?}");
+        // Who claimed it was killed.
+        tokio::time::sleep(lease + Duration::from_millis(20)).await;
+        let again = index.claim(&tenant, 10, lease).await.unwrap();
+        let [due] = <[Due; 1]>::try_from(again.due).unwrap();
+        assert_eq!(due.subject, subject);
+        // Who renews it takes it off the others' hands.
+        index.put(&tenant, &[due.renewed(true, hour, hour)]).await.unwrap();
+        tokio::time::sleep(lease + Duration::from_millis(20)).await;
+        assert!(index.claim(&tenant, 10, lease).await.unwrap().due.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_ends_with_its_lease_in_memory() {
+        what_is_claimed_is_nobodys_until_its_lease_ends(None).await;
+    }
+
+    #[tokio::test]
+    async fn a_claim_ends_with_its_lease_in_redis() {
+        let server = RedisServer::start().await;
+        what_is_claimed_is_nobodys_until_its_lease_ends(Some(Redis::to(&server.url()))).await;
+    }
+}

@@ -374,3 +374,56 @@ impl<C: Renew> Worker<C> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tenant::ApiKey;
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+
+    #[derive(Clone)]
+    struct Renewing;
+
+    impl Renew for Renewing {
+        async fn renew(&self, _: &Call, _: Resource, _: &Subject) -> Result<Renewed, Error> {
+            Ok(Renewed { asked: true, expires_in: Some(HOUR), life: HOUR })
+        }
+
+        async fn warm(&self, _: TenantId, _: &[(Resource, Subject)]) {}
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tenant_that_asks_no_more_is_forgotten_with_its_key() {
+        let config = Config {
+            enabled: true,
+            budget: 0.1,
+            concurrency: 4,
+            entries: 100,
+            idle: HOUR,
+            refresh_ahead: 0.2,
+        };
+        let worker =
+            Worker::new(Renewing, Notes::default(), config, None, Metrics::new(), TaskTracker::new());
+        let tenant = Arc::new(Tenant::new("api.example.com".parse().unwrap(), ApiKey::new("key".into())));
+        let subject = Subject::parse("203.0.113.7").unwrap();
+        let note = Note {
+            key: Key::new(&tenant, Resource::Host, "203.0.113.7"),
+            tenant: Arc::clone(&tenant),
+            subject,
+            address: None,
+            expires_in: HOUR,
+            life: HOUR,
+            filled: true,
+            reads: Arc::default(),
+        };
+        worker.learn(tenant.id(), &[note]).await;
+        tokio::time::advance(HOUR - TICK).await;
+        worker.round().await;
+        assert_eq!(worker.books().len(), 1);
+        tokio::time::advance(TICK).await;
+        worker.round().await;
+        assert!(worker.books().is_empty());
+        assert_eq!(Arc::strong_count(&tenant), 1, "its key is still held");
+    }
+}

@@ -153,8 +153,12 @@ async fn only_who_has_the_token_can_purge_and_what_is_purged_is_asked_again() {
     };
     relay.observe(&asked).await;
     for token in [None, Some(""), Some("a-token-of-the-operato"), Some("a-token-of-the-operator2")] {
-        let answer = relay.administer(Method::POST, "/purge", token, r#"{"all":true}"#).await;
-        assert_eq!(answer.status, StatusCode::UNAUTHORIZED);
+        for (method, path, body) in
+            [(Method::POST, "/purge", r#"{"all":true}"#), (Method::PUT, "/log-level", "info")]
+        {
+            let answer = relay.administer(method, path, token, body).await;
+            assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{path}");
+        }
     }
     relay.observe(&asked).await;
     assert_eq!(calls(), (1, 1));

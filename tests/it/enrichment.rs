@@ -4,6 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use cyberscan_relay::sandbox::{Behaviour, Call, Rule};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::harness::{TestRelay, codes, list, seen};
 
@@ -83,7 +84,11 @@ async fn a_failing_observable_costs_no_other_its_sightings() {
 async fn what_is_there_at_the_deadline_is_returned() {
     let relay = TestRelay::with(&[("RELAY_REQUEST_DEADLINE", "1s")]).await;
     relay.sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value("198.18.0.1").does(Behaviour::Hang));
+    relay.observe(&[("ip", "203.0.113.10")]).await;
+    let asked = Instant::now();
     let answer = relay.observe(&[("ip", "198.18.0.1"), ("ip", "203.0.113.10")]).await;
+    // CyberScan itself would be waited for ten seconds.
+    assert!((1..5).contains(&asked.elapsed().as_secs()), "{:?}", asked.elapsed());
     assert_eq!(seen(&answer), ["203.0.113.10"]);
     assert_eq!(codes(&answer), ["request timeout"]);
 }

@@ -295,9 +295,11 @@ mod untrusted {
 async fn a_certificate_that_cannot_be_believed_is_told_with_its_reason_and_nothing_is_sent() {
     use untrusted::{Authority, openssl, serve};
     let (authority, stranger) = (Authority::new("test CA"), Authority::new("nobody's CA"));
-    let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let directories = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let (_old, old_port) = openssl(directories[0].path(), "ec", &authority, &["-tls1_1"]).await;
     let (_weak, weak_port) = openssl(directories[1].path(), "rsa:1024", &authority, &[]).await;
+    let (_older, weak_older_port) =
+        openssl(directories[2].path(), "rsa:1024", &authority, &["-tls1_2"]).await;
     let age = (2020, 4000);
     let servers = [
         (serve("localhost", (2020, 2021), Some(&authority)).await, "certificate has expired"),
@@ -310,6 +312,7 @@ async fn a_certificate_that_cannot_be_believed_is_told_with_its_reason_and_nothi
         (serve("localhost", age, Some(&stranger)).await, "unable to get local issuer certificate"),
         (old_port, "unsupported protocol, TLS 1.2 or 1.3 is needed"),
         (weak_port, "certificate key too weak, or its signature wrong"),
+        (weak_older_port, "certificate key too weak, or its signature wrong"),
     ];
 
     let sandbox = Arc::new(sandbox().await);

@@ -182,7 +182,7 @@ async fn every_key_in_redis_has_the_prefix_and_a_time_to_live_and_tells_nothing(
 /// What can have happened to a value: from what was there, and what is under another key.
 type Harm = fn(&[u8], &[u8]) -> Vec<u8>;
 
-const HARMS: [(&str, Harm); 12] = [
+const HARMS: [(&str, Harm); 13] = [
     ("a bit of the body flipped", |value, _| flipped(value, value.len() - 5)),
     ("a bit near the body's start flipped", |value, _| flipped(value, 40)),
     ("a bit of the version flipped", |value, _| flipped(value, 16)),
@@ -194,6 +194,7 @@ const HARMS: [(&str, Harm); 12] = [
     ("oversize", |value, _| [value, &vec![b'x'; 2 << 20]].concat()),
     ("another program's", |_, _| br#"{"ip":"203.0.113.10","vulnerabilities":[]}"#.to_vec()),
     ("an old form", |value, _| [b"R0", &value[2..]].concat()),
+    ("from the end of time", |value, _| [b"R1", &[b'f'; 16], &value[18..]].concat()),
     ("a form to come", |value, _| [b"R2", &value[2..]].concat()),
 ];
 

@@ -25,6 +25,20 @@ async fn the_routes_without_a_tenant_answer_anyone() {
 }
 
 #[tokio::test]
+async fn a_head_of_too_many_fields_or_bytes_is_refused() {
+    let relay = TestRelay::start().await;
+    let head = |fields: String| format!("GET /watchdog HTTP/1.1\r\nHost: h\r\n{fields}\r\n");
+    for (fields, status) in [
+        ("X: y\r\n".repeat(63), "200"),
+        ("X: y\r\n".repeat(64), "431"),
+        (format!("X: {}\r\n", "y".repeat(100_000)), "431"),
+    ] {
+        let answer = relay.raw(head(fields).as_bytes()).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn unknown_paths_and_wrong_methods_are_faults_of_http() {
     let relay = TestRelay::start().await;
     for (method, path) in [
