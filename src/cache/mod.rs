@@ -82,6 +82,14 @@ pub struct Config {
     pub encryption_keys: Vec<[u8; 32]>,
 }
 
+impl Config {
+    /// After how long no answer is of use any more.
+    fn longest_life(&self) -> Duration {
+        let lives = [&self.domain, &self.host, &self.vulnerabilities].map(Policy::longest);
+        lives.into_iter().max().unwrap_or_default()
+    }
+}
+
 /// The first pause after a failed question; doubled with each further failure.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -317,7 +325,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             accepted: Cache::builder()
                 .max_capacity(TENANTS)
                 .support_invalidation_closures()
-                .time_to_live(config.vulnerabilities.stale_if_error.max(config.revalidate))
+                .time_to_live(config.longest_life().max(config.revalidate))
                 .build(),
             authentications: Flights::new(tasks.clone()),
             refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
@@ -592,9 +600,17 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     && let Some(value) = self.0.codec.encode(&binding(key), &entry)
                 {
                     let life = K::policy(&self.0.config).life(lifetime);
-                    let key = key.clone();
+                    let (this, shared, key) = (self.clone(), shared.clone(), key.clone());
                     // In the background: who waits needs the answer, not its copy.
-                    self.0.tasks.spawn(async move { shared.store(&key, value, version, life, owner).await });
+                    self.0.tasks.spawn(async move {
+                        match owner {
+                            // It was purged while it was fetched: whoever waits for it elsewhere asks again.
+                            Some(owner) if version <= this.purged_before(&key) => {
+                                shared.release(&key, owner, &Error::Lost).await;
+                            }
+                            owner => shared.store(&key, value, version, life, owner).await,
+                        }
+                    });
                 }
                 Ok(kept)
             }
@@ -651,6 +667,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 Some(present) if present.value().version > kept.version => Op::Nop,
                 _ => Op::Put(kept.clone()),
             });
+            // It may have been purged between the look and the put.
+            if entry.version <= self.purged_before(key) {
+                self.0.memory.invalidate(&key.name);
+            }
         }
         kept
     }
@@ -715,7 +735,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             return;
         }
         {
+            // What is older than any answer lives has nothing left to keep out.
+            let longest = micros(self.0.config.longest_life());
+            let oldest = self.version_now().saturating_sub(longest);
             let mut purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
+            purged.retain(|_, stamp| *stamp >= oldest);
             let known = purged.entry(scope).or_insert(0);
             if *known >= version {
                 return;
@@ -794,6 +818,10 @@ impl Failure {
 #[must_use]
 pub fn lead(life: Duration) -> Duration {
     (life / 100).clamp(Duration::from_secs(2), Duration::from_secs(30))
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What came of renewing an answer nobody waits for.
@@ -890,8 +918,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Some((kept, _)) => kept.lifetime.fresh / 2,
             None => K::policy(&self.0.config).fresh / 2,
         };
-        let half = u64::try_from(half.as_micros()).unwrap_or(u64::MAX);
-        let version = self.version_now().saturating_sub(half);
+        let version = self.version_now().saturating_sub(micros(half));
         let filled = match self.0.flights.running(&key.name) {
             Some(running) => landed(running).await?,
             None => landed(self.start_fill::<K>(&key, call, subject, version).ok_or(Error::Lost)?).await?,

@@ -52,6 +52,16 @@ impl Policy {
         Lifetime { negative, fresh: whole.mul_f64(0.9 + 0.1 * chance.clamp(0.0, 1.0)) }
     }
 
+    /// After how long nothing of any answer is of use any more.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        [false, true]
+            .map(|negative| self.life(self.lifetime(negative, 1.0)))
+            .into_iter()
+            .max()
+            .unwrap_or_default()
+    }
+
     /// What may be done with an answer of that age.
     #[must_use]
     pub fn freshness(&self, lifetime: Lifetime, age: Duration) -> Freshness {

@@ -164,6 +164,13 @@ impl RedisTier {
         }
     }
 
+    /// Drops the write of an answer that was purged. Of wider purges Redis itself keeps a note, which all heed.
+    fn forget_pending(&self, scope: Scope, version: u64) {
+        if let Scope::Answer(name) = scope {
+            lock(&self.0.pending).retain(|of, write| *of != name || write.version > version);
+        }
+    }
+
     fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
         let mut event = cmd("XADD");
         event.arg(STREAM).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
@@ -185,12 +192,6 @@ impl RedisTier {
         *cursor = Some(position.clone());
         let (mut compared, mut written) = (Instant::now(), None);
         loop {
-            // Also while the stream works: the breaker may have been open when it began to, or only writes
-            // may have been refused.
-            if written.is_none_or(|last: Instant| last.elapsed() >= BLOCK) {
-                self.write_pending().await;
-                written = Some(Instant::now());
-            }
             let mut read = cmd("XREAD");
             read.arg("COUNT")
                 .arg(1000)
@@ -209,6 +210,12 @@ impl RedisTier {
                 }
             }
             *cursor = Some(position.clone());
+            // After what was purged meanwhile has been heard. Also while the stream works: the breaker may have been
+            // open when it began to, or only writes may have been refused.
+            if written.is_none_or(|last: Instant| last.elapsed() >= BLOCK) {
+                self.write_pending().await;
+                written = Some(Instant::now());
+            }
             if compared.elapsed() >= COMPARE {
                 self.compare_clocks(&mut link).await.map_err(lost)?;
                 compared = Instant::now();
@@ -267,7 +274,10 @@ impl RedisTier {
                 wake(&name, Told::Stored);
             }
             Heard::Failed { name, error } => wake(&name, Told::Failed(error)),
-            Heard::Purged { scope, version } => hear(Event::Purged { scope, version }),
+            Heard::Purged { scope, version } => {
+                self.forget_pending(scope, version);
+                hear(Event::Purged { scope, version });
+            }
             Heard::Revoked { tenant, version } => hear(Event::Revoked { tenant, version }),
         }
     }
@@ -376,6 +386,7 @@ impl SharedTier for RedisTier {
 
     async fn purge(&self, scope: Scope) -> Result<u64, Unavailable> {
         let version = self.0.clock.now();
+        self.forget_pending(scope, version);
         let name = scope_text(scope);
         let told = self.event("purge", &name, version);
         self.0
@@ -656,6 +667,11 @@ mod tests {
         assert_eq!(lock(&tier.0.pending).len(), PENDING);
         assert_eq!(waiting(&first), None, "the oldest did not make room");
         assert!(all.iter().all(|name| waiting(name).is_some()));
+        // What is purged is not written later, what was asked since is.
+        tier.forget_pending(Scope::Answer(all[0]), 100);
+        assert!(waiting(&all[0]).is_some());
+        tier.forget_pending(Scope::Answer(all[0]), 101);
+        assert_eq!((waiting(&all[0]), waiting(&all[1])), (None, Some(102)));
     }
 
     #[tokio::test]
@@ -673,6 +689,7 @@ mod tests {
         let mut next = async || match timeout(5 * LONGEST_PAUSE, heard.recv()).await.unwrap().unwrap() {
             Event::Revoked { tenant, .. } => Some(tenant[0]),
             Event::Missed => None,
+            Event::Purged { scope: Scope::Tenant(tenant), version: 7 } => Some(tenant[0]),
             other => panic!("{other:?}"),
         };
         let listening = async |link: &mut Link| loop {
@@ -708,8 +725,10 @@ mod tests {
         // It goes on from there: what is gone is not told in part.
         cut_off(&[revoked(6)]).await;
         assert_eq!(next().await, Some(6));
-        cut_off(&[empty()]).await;
-        assert_eq!(next().await, None);
+        // Purges are heard of even so.
+        let purge = cmd("HSET").arg(PURGED).arg(scope_text(Scope::Tenant([8; 16]))).arg(7).to_owned();
+        cut_off(&[purge, empty()]).await;
+        assert_eq!([next().await, next().await], [Some(8), None]);
 
         shutdown.cancel();
         listener.await.unwrap();

@@ -904,6 +904,57 @@ async fn a_fetch_that_began_before_a_purge_is_not_kept() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_fetched_while_another_replica_purged_it_is_not_shared() {
+    let (fake, world) = (Fake::default(), World::new());
+    let (a, b) = (world.replica(), world.replica());
+    let stages = [&a, &b].map(|tier| stage_with(&fake, config(), Some(tier.clone())));
+    stages[0].host(&call(), ip(2)).await.unwrap();
+    fake.takes(SECOND);
+    let (answer, ()) = tokio::join!(async { stages[1].host(&call(), ip(1)).await }, async {
+        sleep(SECOND / 2).await;
+        let Key { name, .. } = Key::new(&call().tenant, Resource::Host, &ip(1).to_string());
+        stages[0].purge(Scope::Answer(name)).await.unwrap();
+    });
+    assert!(answer.is_ok());
+    settle().await;
+    assert_eq!(world.state.lock().unwrap().values.len(), 1, "only the other one's is shared");
+    stages[0].host(&call(), ip(1)).await.unwrap();
+    assert_eq!(fake.calls(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_kept_while_events_were_missed_is_asked_again() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    stage.host(&call(), ip(1)).await.unwrap();
+    stage.hear(Event::Missed);
+    stage.host(&call(), ip(1)).await.unwrap();
+    assert_eq!(fake.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_is_asked_what_is_kept_beside_answers_is_bounded() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    for number in 0..12_000 {
+        let label = u128::from(number + 1_u32).to_be_bytes();
+        stage.hear(Event::Purged { scope: Scope::Tenant(label), version: stage.version_now() });
+        advance(10 * SECOND).await;
+    }
+    let stamps = stage.0.purged.lock().unwrap().len();
+    let longest = config().longest_life().as_secs() / 10;
+    assert!((longest..=longest + 1).contains(&(stamps as u64)), "{stamps} stamps");
+    let bounds = [
+        stage.0.memory.policy().max_capacity(),
+        stage.0.failures.policy().max_capacity(),
+        stage.0.accepted.policy().max_capacity(),
+        stage.0.refused.policy().max_capacity(),
+        stage.0.purged_answers.policy().max_capacity(),
+    ];
+    assert!(bounds.iter().all(Option::is_some), "{bounds:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_revoked_key_is_forgotten_by_all_replicas() {
     let (fake, world) = (Fake::default(), World::new());
     let [one, two] = [(); 2].map(|()| stage_with(&fake, config(), Some(world.replica())));

@@ -353,6 +353,20 @@ async fn a_tenant_has_so_many_calls_under_way_and_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn ten_thousand_tenants_are_remembered_those_who_asked_last() {
+    let limiter = limiter(config("10/s", ""));
+    let id = |number: u32| call_of(&format!("key-{number}"), SECOND, Priority::Interactive).tenant.id();
+    for number in 0..12_000 {
+        limiter.tenant(id(number));
+        sleep(Duration::from_millis(1)).await;
+    }
+    let newest = limiter.tenant(id(12_000));
+    limiter.0.tenants.run_pending_tasks();
+    assert_eq!(limiter.0.tenants.entry_count(), TENANTS);
+    assert!(Arc::ptr_eq(&newest, &limiter.tenant(id(12_000))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn several_windows_hold_at_once() {
     let limiter = limiter(config("10/s,30/m", ""));
     grown(&limiter, &["key"]).await;
