@@ -120,6 +120,22 @@ async fn a_name_that_does_not_exist_is_a_connection_error() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_the_environment_names_is_not_used() {
+    let (sandbox, trap) = (sandbox().await, tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap());
+    let url = format!("http://{}", trap.local_addr().unwrap());
+    let mut command = RelayProcess::command();
+    for name in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"] {
+        command.env(name, &url);
+    }
+    let relay = RelayProcess::start_by(command, &sandbox, &[]).await;
+    let token = sandbox.token(AUDIENCE);
+    tokio::select! {
+        () = whole(relay.address, &token, IP) => {}
+        _ = trap.accept() => panic!("it was connected to"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_body_without_end_costs_a_few_megabytes_and_is_an_error_item() {
     let sandbox = sandbox().await;
     let relay = RelayProcess::start(&sandbox, &[]).await;

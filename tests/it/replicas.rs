@@ -194,7 +194,7 @@ const HARMS: [(&str, Harm); 13] = [
     ("oversize", |value, _| [value, &vec![b'x'; 2 << 20]].concat()),
     ("another program's", |_, _| br#"{"ip":"203.0.113.10","vulnerabilities":[]}"#.to_vec()),
     ("an old form", |value, _| [b"R0", &value[2..]].concat()),
-    ("from the end of time", |value, _| [b"R1", &[b'f'; 16], &value[18..]].concat()),
+    ("from the end of time", |value, _| [&b"R1"[..], &[b'f'; 16], &value[18..]].concat()),
     ("a form to come", |value, _| [b"R2", &value[2..]].concat()),
 ];
 
