@@ -1,6 +1,6 @@
 //! The `Cached` stage: answers from memory, from Redis, or from the next stage, each asked once. It
-//! owns when an answer is served, renewed and forgotten; it must not know HTTP, CTIM or how CyberScan
-//! is asked.
+//! owns when an answer is served, renewed and forgotten; it must not know HTTP, sightings or how
+//! CyberScan is asked.
 //!
 //! | found | answer |
 //! |---|---|
@@ -27,7 +27,10 @@ use std::{
     collections::HashMap,
     future::Future,
     net::IpAddr,
-    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -355,10 +358,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// An answer as the table above says.
     async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
         let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
-        let (kept, freshness) = match self.in_memory::<K>(&key) {
+        let (kept, freshness, source) = match self.in_memory::<K>(&key) {
             Some((kept, freshness)) => {
-                self.count_memory::<K>(call, &kept, freshness);
-                (kept, freshness)
+                let source = self.count_memory::<K>(call, &kept, freshness);
+                (kept, freshness, source)
             }
             None => {
                 self.count::<K>(Tier::Memory, Outcome::Miss);
@@ -370,9 +373,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     self.note::<K>(call, &key, subject, &filled.kept);
                     return filled.kept.answer();
                 }
-                tick(&call.tally.redis);
                 let freshness = self.freshness::<K>(&filled.kept);
-                (filled.kept, freshness)
+                (filled.kept, freshness, &call.tally.redis)
             }
         };
         self.note::<K>(call, &key, subject, &kept);
@@ -385,12 +387,17 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 let filled = traced::<K>(self.fill_by::<K>(&key, call, subject, kept.version, soft));
                 match Box::pin(filled).await {
                     Ok(filled) => {
+                        tick(if filled.adopted { &call.tally.redis } else { &call.tally.upstream });
                         self.note::<K>(call, &key, subject, &filled.kept);
                         return filled.kept.answer();
                     }
                     // A refused key gets nothing, however old.
-                    Err(Error::Unauthorized) => return Err(Error::Unauthorized),
+                    Err(Error::Unauthorized) => {
+                        tick(&call.tally.failed);
+                        return Err(Error::Unauthorized);
+                    }
                     Err(_) => {
+                        tick(source);
                         tick(&call.tally.stale);
                         let answer: Answer<K> = kept.answer()?;
                         return Ok(Answer { stale: Some(kept.age()), ..answer });
@@ -398,6 +405,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 }
             }
         }
+        tick(source);
         kept.answer()
     }
 
@@ -756,15 +764,14 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         });
     }
 
-    /// Counts a look-up that memory answered, unless the answer has only just been brought there for
-    /// it: then it is counted where it came from.
-    fn count_memory<K: Kind>(&self, call: &Call, kept: &Kept, freshness: Freshness) {
+    /// Counts a look-up that memory can answer, unless the answer has only just been brought there for it: then it has
+    /// been counted where it came from. Returns what to tick in the request's tally if this is what it is answered with.
+    fn count_memory<'a, K: Kind>(&self, call: &'a Call, kept: &Kept, freshness: Freshness) -> &'a AtomicU32 {
         if kept.reads.unread.swap(false, Ordering::Relaxed) {
-            tick(&call.tally.redis);
-            return;
+            return &call.tally.redis;
         }
-        tick(&call.tally.memory);
         self.count::<K>(Tier::Memory, outcome(freshness, kept.lifetime.negative));
+        &call.tally.memory
     }
 
     fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::*;
 use crate::{
-    cyberscan::{Breaker, Priority},
+    cyberscan::{Breaker, Priority, Tally},
     redis_pool::Redis,
     redis_server::RedisServer,
     tenant::{ApiKey, Tenant},
@@ -55,7 +55,8 @@ impl Fake {
         *self.0.failure.lock().unwrap() = error;
     }
 
-    async fn answer<T>(&self, record: T) -> Result<Answer<T>, Error> {
+    async fn answer<T>(&self, call: &Call, record: T) -> Result<Answer<T>, Error> {
+        assert!(call.deadline > Instant::now(), "asked when it was too late");
         self.0.calls.fetch_add(1, Ordering::Relaxed);
         let asked_at = jiff::Timestamp::UNIX_EPOCH;
         let (latency, failure) = (*self.0.latency.lock().unwrap(), self.0.failure.lock().unwrap().clone());
@@ -82,16 +83,16 @@ impl CyberScan for Fake {
         failure.map_or(Ok(Instant::now()), Err)
     }
 
-    async fn domain(&self, _: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
-        self.answer(DomainRecord { ip: Some(ip(1)), details_page: None }).await
+    async fn domain(&self, call: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+        self.answer(call, DomainRecord { ip: Some(ip(1)), details_page: None }).await
     }
 
-    async fn host(&self, _: &Call, _: IpAddr) -> Result<Answer<HostRecord>, Error> {
-        self.answer(HostRecord { details_page: Some(self.calls().to_string()) }).await
+    async fn host(&self, call: &Call, _: IpAddr) -> Result<Answer<HostRecord>, Error> {
+        self.answer(call, HostRecord { details_page: Some(self.calls().to_string()) }).await
     }
 
-    async fn vulnerabilities(&self, _: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
-        self.answer(Vulnerabilities(Vec::new())).await
+    async fn vulnerabilities(&self, call: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+        self.answer(call, Vulnerabilities(Vec::new())).await
     }
 }
 
@@ -575,6 +576,29 @@ async fn a_stale_answer_stands_in_for_a_cyberscan_that_fails_or_is_slow() {
     assert!(asked.elapsed() <= SECOND / 2, "waited {:?}", asked.elapsed());
     sleep(6 * SECOND).await;
     assert_eq!(stage.host(&call(), ip(1)).await.unwrap().stale, None, "the slow answer was kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_is_told_where_its_answers_came_from() {
+    let (fake, world) = (Fake::default(), World::new());
+    let stages = [world.replica(), world.replica()].map(|tier| stage_with(&fake, config(), Some(tier)));
+    let ask = async |stage: &Stage| {
+        let call = call();
+        let _ = stage.host(&call, ip(1)).await;
+        settle().await;
+        let Tally { memory, redis, upstream, stale, failed } = &*call.tally;
+        [memory, redis, upstream, stale, failed].map(|count| count.load(Ordering::Relaxed))
+    };
+    assert_eq!(ask(&stages[0]).await, [0, 0, 1, 0, 0]);
+    assert_eq!(ask(&stages[0]).await, [1, 0, 0, 0, 0]);
+    assert_eq!(ask(&stages[1]).await, [0, 1, 0, 0, 0]);
+    advance(5 * HOUR).await;
+    assert_eq!(ask(&stages[0]).await, [0, 0, 1, 0, 0], "older than may be served, and CyberScan answers");
+    advance(5 * HOUR).await;
+    fake.fails(Some(down()));
+    assert_eq!(ask(&stages[0]).await, [1, 0, 0, 1, 0]);
+    advance(48 * HOUR).await;
+    assert_eq!(ask(&stages[0]).await, [0, 0, 0, 0, 1]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,8 @@
 //! The quotas of the whole fleet, in Redis. It owns the keys and the script; it must not know who waits
 //! for a call, nor what happens while Redis is away.
+//!
+//! Windows have no time to live: a Redis that is full makes room with what has one, and a window it forgot would be
+//! taken for new. There is one for each quota of each tenant that ever called, of some hundred bytes.
 
 use std::{fmt::Write, time::Duration};
 

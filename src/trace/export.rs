@@ -56,6 +56,8 @@ pub(super) struct Export {
     resource: ResourceAttributesWithSchema,
     /// Spans that were lost since that was last logged.
     lost: Arc<AtomicU64>,
+    /// Why the last of them were, if not because the queue was full.
+    refused: Option<String>,
     complained: Option<Instant>,
 }
 
@@ -64,7 +66,7 @@ pub(super) fn queue(collector: Collector, resource: &Resource) -> (Queue, Export
     let (sender, spans) = mpsc::channel(WAITING);
     let lost = Arc::<AtomicU64>::default();
     let queue = Queue { spans: sender, lost: Arc::clone(&lost) };
-    (queue, Export { spans, collector, resource: resource.into(), lost, complained: None })
+    (queue, Export { spans, collector, resource: resource.into(), lost, refused: None, complained: None })
 }
 
 impl SpanProcessor for Queue {
@@ -106,7 +108,6 @@ impl Export {
 
     /// Sends all that wait.
     async fn send(&mut self) {
-        let mut reason = "more spans than the queue holds".to_owned();
         loop {
             let batch = std::iter::from_fn(|| self.spans.try_recv().ok()).take(BATCH);
             let batch: Vec<SpanData> = batch.collect();
@@ -116,16 +117,18 @@ impl Export {
             }
             let resource_spans = group_spans_by_resource_and_scope(batch, &self.resource);
             let request = ExportTraceServiceRequest { resource_spans };
-            reason = match self.collector.post(request.encode_to_vec()).await {
+            self.refused = match self.collector.post(request.encode_to_vec()).await {
                 Ok(status) if status.is_success() => continue,
-                Ok(status) => format!("status {}", status.as_u16()),
-                Err(error) => error.to_string(),
+                Ok(status) => Some(format!("status {}", status.as_u16())),
+                Err(error) => Some(error.to_string()),
             };
             self.lost.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
         if self.lost.load(Ordering::Relaxed) > 0 && self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT)
         {
             self.complained = Some(Instant::now());
+            let reason = self.refused.take();
+            let reason = reason.as_deref().unwrap_or("more spans than the queue holds");
             warn!(spans = self.lost.swap(0, Ordering::Relaxed), reason, "traces are lost");
         }
     }
