@@ -49,8 +49,7 @@ impl Tenant {
     #[must_use]
     pub fn new(host: Host, key: ApiKey) -> Self {
         let id = TenantId::of(&host, &key);
-        let label = u128::from_be_bytes(id.label());
-        Self { naming: id.naming(), label: format!("{label:032x}").into(), id, host, key }
+        Self { naming: id.naming(), label: hex(id.label()).into(), id, host, key }
     }
 
     /// The tenant a token's `host` and `api_key` claims stand for, if `allowed` has its host.
@@ -161,6 +160,19 @@ impl fmt::Debug for TenantId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("TenantId(..)")
     }
+}
+
+/// A derived name as text: 32 hexadecimal digits.
+#[must_use]
+pub fn hex(name: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(name))
+}
+
+/// The name that [`hex`] wrote; `None` if it did not.
+#[must_use]
+pub fn unhex(text: &str) -> Option<[u8; 16]> {
+    let plain = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    plain.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(u128::to_be_bytes)
 }
 
 fn name(key: &hmac::Key, purpose: &str, parts: &[&[u8]]) -> [u8; 16] {

@@ -10,7 +10,6 @@
 
 use std::{
     collections::HashMap,
-    fmt::Write,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -36,6 +35,7 @@ use crate::{
     cyberscan::Error,
     metrics::Operation,
     redis_pool::{Link, Redis, Unavailable},
+    tenant::{hex, unhex},
 };
 
 const STREAM: &str = "relay:1:events";
@@ -131,7 +131,7 @@ impl RedisTier {
     ) -> Result<(), Unavailable> {
         let script = &self.0.store;
         let horizon = self.0.clock.now().saturating_add(3_600_000_000);
-        let told = self.event("set", &hex(&key.name), version);
+        let told = self.event("set", &hex(key.name), version);
         self.0
             .redis
             .run(Operation::Store, |mut link| async move {
@@ -367,7 +367,7 @@ impl SharedTier for RedisTier {
     async fn release(&self, key: &Key, owner: String, error: &Error) {
         let script = &self.0.release;
         let mut told = failure_code(error).map(|(code, number)| {
-            let mut event = self.event("fail", &hex(&key.name), number);
+            let mut event = self.event("fail", &hex(key.name), number);
             event.arg("e").arg(code);
             event
         });
@@ -406,7 +406,7 @@ impl SharedTier for RedisTier {
     }
 
     async fn revoke(&self, tenant: [u8; 16]) {
-        let told = self.event("revoke", &hex(&tenant), self.0.clock.now());
+        let told = self.event("revoke", &hex(tenant), self.0.clock.now());
         let told = self
             .0
             .redis
@@ -529,18 +529,18 @@ fn stream_id(id: &str) -> (u64, u64) {
 }
 
 fn value_key(name: &Name) -> String {
-    format!("relay:1:{{{}}}:v", hex(name))
+    format!("relay:1:{{{}}}:v", hex(*name))
 }
 
 fn lock_key(name: &Name) -> String {
-    format!("relay:1:{{{}}}:l", hex(name))
+    format!("relay:1:{{{}}}:l", hex(*name))
 }
 
 fn scope_text(scope: Scope) -> String {
     match scope {
         Scope::All => "all".to_owned(),
-        Scope::Tenant(name) => hex(&name),
-        Scope::Answer(name) => format!("answer:{}", hex(&name)),
+        Scope::Tenant(name) => hex(name),
+        Scope::Answer(name) => format!("answer:{}", hex(name)),
     }
 }
 
@@ -550,18 +550,6 @@ fn scope_of(text: &str) -> Option<Scope> {
         None if text == "all" => Some(Scope::All),
         None => unhex(text).map(Scope::Tenant),
     }
-}
-
-fn hex(name: &[u8; 16]) -> String {
-    name.iter().fold(String::with_capacity(32), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn unhex(text: &str) -> Option<[u8; 16]> {
-    let plain = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    plain.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(u128::to_be_bytes)
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -601,7 +589,7 @@ mod tests {
         ] {
             let (code, number) = failure_code(&error).unwrap();
             let Some((origin, Heard::Failed { name, error: told })) =
-                heard("fail", &hex(&[0xa7; 16]), number, Some(code))
+                heard("fail", &hex([0xa7; 16]), number, Some(code))
             else {
                 panic!("{code} was not understood")
             };
@@ -680,7 +668,7 @@ mod tests {
         let redis = Redis::to(&server.url());
         let tier = || RedisTier::new(redis.clone(), Clock::system());
         let (teller, mut link) = (tier(), redis.own_link().await.unwrap());
-        let revoked = |tenant: u8| teller.event("revoke", &hex(&[tenant; 16]), 0);
+        let revoked = |tenant: u8| teller.event("revoke", &hex([tenant; 16]), 0);
         let shutdown = CancellationToken::new();
         let (sender, mut heard) = tokio::sync::mpsc::unbounded_channel();
         let listener =

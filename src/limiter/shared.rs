@@ -12,7 +12,7 @@ use super::quota::{Window, micros};
 use crate::{
     metrics::Operation,
     redis_pool::{Redis, Unavailable},
-    tenant::TenantId,
+    tenant::{TenantId, hex},
 };
 
 /// Takes calls from windows that all replicas share.
@@ -136,8 +136,5 @@ fn pause_key(tenant: &str) -> String {
 }
 
 fn name(tenant: TenantId) -> String {
-    tenant.derive("limiter", &[]).iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    hex(tenant.derive("limiter", &[]))
 }

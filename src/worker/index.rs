@@ -21,7 +21,7 @@ use crate::{
     ctim::Subject,
     metrics::{Label, Operation, Resource},
     redis_pool::{Redis, Unavailable},
-    tenant::{Tenant, TenantId},
+    tenant::{Tenant, TenantId, hex, unhex},
 };
 
 /// For how long a tenant's index is kept when nothing is added to it.
@@ -461,14 +461,6 @@ impl Seal {
 
 fn resource_of(text: &str) -> Option<Resource> {
     Resource::ALL.iter().copied().find(|resource| resource.as_str() == text)
-}
-
-fn hex(name: Name) -> String {
-    format!("{:032x}", u128::from_be_bytes(name))
-}
-
-fn unhex(text: &str) -> Option<Name> {
-    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -25,6 +25,27 @@ async fn the_routes_without_a_tenant_answer_anyone() {
 }
 
 #[tokio::test]
+async fn nothing_of_the_admin_listener_is_found_on_the_public_one() {
+    let relay = TestRelay::start().await;
+    for path in ["status", "status.css", "status.js", "livez", "readyz", "metrics", "purge", "log-level"] {
+        let spellings = [
+            format!("/{path}"),
+            format!("/{path}/"),
+            format!("//{path}"),
+            format!("/watchdog/../{path}"),
+            format!("/%{:02x}{}", path.as_bytes()[0], &path[1..]),
+            format!("/{}", path.to_uppercase()),
+        ];
+        for path in spellings {
+            for method in [Method::GET, Method::POST, Method::PUT] {
+                let answer = relay.send(method, &path, &[], "").await;
+                assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_head_of_too_many_fields_or_bytes_is_refused() {
     let relay = TestRelay::start().await;
     let head = |fields: String| format!("GET /watchdog HTTP/1.1\r\nHost: h\r\n{fields}\r\n");
