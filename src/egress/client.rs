@@ -197,8 +197,8 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_body_is_read_up_to_the_limit_and_not_a_byte_further() {
+    /// A key issuer, and a client that believes it.
+    async fn issuer() -> (Http, Host, Sandbox) {
         let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
         let ca = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
@@ -208,7 +208,12 @@ mod tests {
             extra_ca_file: Some(ca.path().to_owned()),
             connect_timeout: Duration::from_secs(2),
         };
-        let (http, host) = (Http::new(&config).unwrap(), sandbox.issuer.host().parse().unwrap());
+        (Http::new(&config).unwrap(), sandbox.issuer.host().parse().unwrap(), sandbox)
+    }
+
+    #[tokio::test]
+    async fn a_body_is_read_up_to_the_limit_and_not_a_byte_further() {
+        let (http, host, sandbox) = issuer().await;
         // Of a size that comes in several pieces.
         let body = "x".repeat(100_000);
         sandbox.issuer.respond_with(IssuerBehaviour::Body(body.clone()));
@@ -263,16 +268,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_host_that_falls_silent_is_given_up_before_the_deadline() {
-        let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
-        let ca = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
-        let config = Config {
-            allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
-            proxy: None,
-            extra_ca_file: Some(ca.path().to_owned()),
-            connect_timeout: Duration::from_secs(2),
-        };
-        let (http, host) = (Http::new(&config).unwrap(), sandbox.issuer.host().parse::<Host>().unwrap());
+        let (http, host, sandbox) = issuer().await;
         sandbox.issuer.respond_with(IssuerBehaviour::Hang);
         let hour = Duration::from_secs(3_600);
         let asking = tokio::spawn(async move {
