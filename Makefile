@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-otel fuzz models mutants bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test test-otel fuzz coverage models mutants bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -21,9 +21,13 @@ test-otel:
 	$(CARGO) test --locked --quiet --features otel --lib -- trace:: telemetry::
 	$(CARGO) test --locked --quiet --features otel --test it -- otel::
 
-## Fuzz every place where input comes in, each for so many seconds: `make fuzz SECONDS=60`.
+## Fuzz every place where input comes in, each for a minute: `make fuzz SECONDS=5`.
 fuzz:
-	scripts/fuzz.sh $(or $(SECONDS),5)
+	scripts/fuzz.sh $(or $(SECONDS),60)
+
+## Which lines tests run, into target/coverage.
+coverage:
+	scripts/coverage.sh
 
 ## Single flight, circuit breaker and key sets under thousands of schedules: `make models SEED=7 SCHEDULES=100000`;
 ## `make models ONLY=name REPLAY=file` runs the one that failed again.
