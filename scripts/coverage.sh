@@ -1,6 +1,6 @@
 #!/bin/sh
-# coverage.sh: which lines of src the unit tests and tests/it run, the relays they start included. The table by file is in
-# target/coverage/report.txt; a page of all lines beside it. LLVM's tools have to be of the version rustc has.
+# coverage.sh: which lines of src the unit tests and tests/it run; of the relays they start as processes, those that are not
+# killed. The table by file is in target/coverage/report.txt. LLVM's tools have to be of the version rustc has.
 set -eu
 cd "$(dirname "$0")/.."
 version=0.9.1
@@ -14,12 +14,10 @@ if ! [ -x "$target/tools/bin/cargo-llvm-cov" ]; then
 fi
 LLVM_COV="$(command -v "llvm-cov-$llvm")" LLVM_PROFDATA="$(command -v "llvm-profdata-$llvm")"
 export LLVM_COV LLVM_PROFDATA CARGO_TARGET_DIR="$target/coverage"
-# Tests kill what they start: %c counts in the file itself.
-export RUSTFLAGS="-Cllvm-args=-runtime-counter-relocation" LLVM_PROFILE_FILE_NAME="relay-%p-%c.profraw"
 coverage() {
     "$target/tools/bin/cargo-llvm-cov" llvm-cov "$@"
 }
+coverage clean --profraw-only
 coverage --locked --lib --test it --no-report --quiet
 coverage report --ignore-filename-regex '(tests|demo|sandbox/.*|fuzz)\.rs' >"$target/coverage/report.txt"
-coverage report --html --ignore-filename-regex '(tests|demo|sandbox/.*|fuzz)\.rs'
 tail -n 1 "$target/coverage/report.txt"

@@ -220,3 +220,42 @@ fn signs_itself(certificate: &CertificateDer<'_>) -> bool {
     webpki::EndEntityCert::try_from(certificate)
         .is_ok_and(|certificate| certificate.issuer() == certificate.subject())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_certificate_is_told_in_the_words_of_openssl() {
+        let name = || ServerName::try_from("api.example.com").unwrap();
+        let other_name = |presented: &[&str]| CertificateError::NotValidForNameContext {
+            expected: name().to_owned(),
+            presented: presented.iter().map(|name| format!("DnsName(\"{name}\")")).collect(),
+        };
+        let nobody = CertificateDer::from(Vec::new());
+        for (cause, said) in [
+            (CertificateError::Expired, "certificate has expired"),
+            (CertificateError::NotValidYet, "certificate is not yet valid"),
+            (CertificateError::UnknownIssuer, "unable to get local issuer certificate"),
+            (CertificateError::Revoked, "certificate revoked"),
+            (CertificateError::BadSignature, "certificate signature failure"),
+            (CertificateError::InvalidPurpose, "unsuitable certificate purpose"),
+            (CertificateError::BadEncoding, "certificate cannot be decoded"),
+            (
+                CertificateError::UnsupportedSignatureAlgorithmContext {
+                    signature_algorithm_id: vec![1],
+                    supported_algorithms: Vec::new(),
+                },
+                "certificate signature algorithm not supported",
+            ),
+            (other_name(&[]), "hostname 'api.example.com' doesn't match: the certificate names no host"),
+            (other_name(&["a.test"]), "hostname 'api.example.com' doesn't match 'a.test'"),
+            (
+                other_name(&["a.test", "b.test"]),
+                "hostname 'api.example.com' doesn't match either of 'a.test', 'b.test'",
+            ),
+        ] {
+            assert_eq!(explain(&cause, &nobody, &[], &name()), said, "{cause:?}");
+        }
+    }
+}

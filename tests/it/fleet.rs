@@ -224,6 +224,8 @@ impl RelayProcess {
     pub(crate) fn command_of(program: &str) -> Command {
         let mut command = Command::new(program);
         command.env_clear().kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
+        // Where lines that are run are counted, if they are.
+        command.envs(std::env::var_os("LLVM_PROFILE_FILE").map(|file| ("LLVM_PROFILE_FILE", file)));
         command.env("RELAY_LISTEN", "127.0.0.1:0").env("RELAY_ADMIN_LISTEN", "127.0.0.1:0");
         command
     }
