@@ -257,5 +257,24 @@ mod tests {
         ] {
             assert_eq!(explain(&cause, &nobody, &[], &name()), said, "{cause:?}");
         }
+
+        let key = rcgen::KeyPair::generate().unwrap();
+        let itself = rcgen::CertificateParams::new(["api.example.com".to_owned()]).unwrap().self_signed(&key);
+        let itself = itself.unwrap().der().clone();
+        for cause in [CertificateError::UnknownIssuer, CertificateError::BadSignature] {
+            assert_eq!(explain(&cause, &itself, &[], &name()), "self-signed certificate");
+        }
+        assert_eq!(explain(&CertificateError::Expired, &itself, &[], &name()), "certificate has expired");
+        assert_eq!(
+            explain(&CertificateError::UnknownIssuer, &nobody, &[itself], &name()),
+            "self-signed certificate in certificate chain"
+        );
+
+        let protocol = Some(Untrusted("unsupported protocol, TLS 1.2 or 1.3 is needed".into()));
+        for alert in [AlertDescription::ProtocolVersion, AlertDescription::HandshakeFailure] {
+            assert_eq!(Untrusted::find(&rustls::Error::AlertReceived(alert)), protocol);
+        }
+        // Trouble that says nothing of who is on the other side.
+        assert_eq!(Untrusted::find(&rustls::Error::AlertReceived(AlertDescription::InternalError)), None);
     }
 }
