@@ -671,8 +671,8 @@ mod tests {
         let revoked = |tenant: u8| teller.event("revoke", &hex([tenant; 16]), 0);
         let shutdown = CancellationToken::new();
         let (sender, mut heard) = tokio::sync::mpsc::unbounded_channel();
-        let listener =
-            tokio::spawn(tier().follow(shutdown.clone(), move |event| sender.send(event).unwrap()));
+        let listener = tokio_util::task::TaskTracker::new()
+            .spawn(tier().follow(shutdown.clone(), move |event| sender.send(event).unwrap()));
         // The tenant the next event is about; `None` says that events are gone.
         let mut next = async || match timeout(5 * LONGEST_PAUSE, heard.recv()).await.unwrap().unwrap() {
             Event::Revoked { tenant, .. } => Some(tenant[0]),

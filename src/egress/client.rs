@@ -271,7 +271,7 @@ mod tests {
         let (http, host, sandbox) = issuer().await;
         sandbox.issuer.respond_with(IssuerBehaviour::Hang);
         let hour = Duration::from_secs(3_600);
-        let asking = tokio::spawn(async move {
+        let asking = tokio_util::task::TaskTracker::new().spawn(async move {
             let call = Call {
                 method: Method::GET,
                 host: &host,

@@ -224,9 +224,9 @@ async fn what_the_fleet_lacks_is_told_to_every_tenant_at_once() {
     grown(&limiter, &["first"]).await;
     let patient = {
         let limiter = limiter.clone();
-        tokio::spawn(
-            async move { limiter.admit(&call_of("first", HOUR, Priority::Interactive)).await.map(drop) },
-        )
+        TaskTracker::new().spawn(async move {
+            limiter.admit(&call_of("first", HOUR, Priority::Interactive)).await.map(drop)
+        })
     };
     sleep(SECOND).await;
     let asked = Instant::now();
@@ -248,7 +248,7 @@ async fn who_waits_for_its_own_quota_does_not_keep_the_turn_at_the_fleets() {
     drop(limiter.admit(&call_of("second", SECOND, Priority::Interactive)).await.unwrap());
     let waiting = {
         let limiter = limiter.clone();
-        tokio::spawn(async move {
+        TaskTracker::new().spawn(async move {
             limiter.admit(&call_of("first", 2 * HOUR, Priority::Interactive)).await.map(drop)
         })
     };

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use super::{DEFAULTS, Effective, Faults, Layer, Settings, is_secret};
+use super::{DEFAULTS, Effective, Fault, Faults, Layer, Settings, is_secret};
 
 /// A TOML file; behind a line of `---`, lines of `VARIABLE=value`.
 pub fn settings(input: &[u8]) {
@@ -37,10 +37,10 @@ pub fn settings(input: &[u8]) {
 
 fn load(file: &str, variables: &[(String, String)]) -> Result<Settings, Faults> {
     // The same each time, and more to read than most inputs.
-    static DEFAULT: LazyLock<Layer> = LazyLock::new(|| Layer::toml("default", DEFAULTS).unwrap());
+    static DEFAULT: LazyLock<Result<Layer, Fault>> = LazyLock::new(|| Layer::toml("default", DEFAULTS));
     let mut faults = Vec::new();
     let environment = Layer::environment(variables.iter().cloned(), &mut faults);
-    Settings::of([Ok(DEFAULT.clone()), Layer::toml("file", file), Ok(environment)], faults)
+    Settings::of([DEFAULT.clone(), Layer::toml("file", file), Ok(environment)], faults)
 }
 
 /// Keys and values in force, without the secrets.
