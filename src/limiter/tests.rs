@@ -666,31 +666,45 @@ async fn who_waits_while_redis_is_lost_is_not_told_that_it_takes_for_ever() {
 /// and of them one almost all.
 /// Without Redis a share of a day has its next call in minutes. That holds for as long as Redis is away.
 #[tokio::test]
-async fn a_moment_without_redis_does_not_refuse_a_tenant_for_long() {
+async fn a_moment_without_redis_refuses_nobody_for_long() {
     let server = RedisServer::process(&[]).await;
-    let limiter = Limiter::new(
-        config("1000/d", "2000/d"),
-        Some(Redis::to(&server.url())),
-        Metrics::new(),
-        TaskTracker::new(),
-    );
-    drop(limiter.admit(&call(5 * SECOND)).await.unwrap());
-    server.freeze();
-    let (mut refused, mut told) = (0, Duration::ZERO);
-    for _ in 0..8 {
-        if let Err(error) = limiter.admit(&call(2 * SECOND)).await.map(drop) {
-            let Error::Throttled { retry_after } = error else { panic!("{error:?}") };
-            (refused, told) = (refused + 1, told.max(retry_after));
+    for (of_tenant, of_fleet) in [("1000/d", "2000/d"), ("", "1000/d")] {
+        let _: String = server.ask(&["FLUSHALL"]).await;
+        let limiter = Limiter::new(
+            config(of_tenant, of_fleet),
+            Some(Redis::to(&server.url())),
+            Metrics::new(),
+            TaskTracker::new(),
+        );
+        drop(limiter.admit(&call(5 * SECOND)).await.unwrap());
+        server.freeze();
+        let (mut refused, mut told) = (0, Duration::ZERO);
+        for _ in 0..8 {
+            if let Err(error) = limiter.admit(&call(2 * SECOND)).await.map(drop) {
+                let Error::Throttled { retry_after } = error else { panic!("{error:?}") };
+                (refused, told) = (refused + 1, told.max(retry_after));
+            }
         }
-    }
-    assert!(refused > 0 && told > MINUTE, "{refused} of 8 were refused for {told:?}: Redis was not missed");
-    // To ask costs nothing, neither with Redis nor without.
-    assert!(limiter.quotas(&call(SECOND)).await.is_empty());
-    server.thaw();
-    let thawed = Instant::now();
-    while limiter.admit(&call(2 * SECOND)).await.is_err() {
-        assert!(thawed.elapsed() < 10 * SECOND, "refused although Redis is back");
-        sleep(SECOND / 10).await;
+        assert!(
+            refused > 0 && told > MINUTE,
+            "{refused} of 8 were refused for {told:?}: Redis was not missed"
+        );
+        // To ask costs nothing, neither with Redis nor without.
+        assert!(limiter.quotas(&call(SECOND)).await.is_empty());
+        // Redis has forgotten nothing: it is not going to be told again what it knows.
+        assert!(lock(&limiter.0.fleet.born).iter().all(|born| *born > 0));
+        server.thaw();
+        let thawed = Instant::now();
+        while limiter.admit(&call(2 * SECOND)).await.is_err() {
+            assert!(thawed.elapsed() < 10 * SECOND, "refused although Redis is back");
+            sleep(SECOND / 10).await;
+        }
+        let callers = call(2 * SECOND);
+        let several = join_all((0..3).map(|_| limiter.admit(&callers))).await;
+        assert!(
+            several.iter().all(Result::is_ok),
+            "one was granted a call, and others at the same time were not"
+        );
     }
 }
 
