@@ -31,11 +31,13 @@ for key = 2, #KEYS do
       born = tonumber(fields[field + 1])
     elseif tonumber(name) <= number - 100 - leaving then
       redis.call('HDEL', KEYS[key], fields[field])
-    elseif told == 'p' then
-      before = before + tonumber(fields[field + 1])
     else
-      used = used + tonumber(fields[field + 1])
-      if not oldest or tonumber(fields[field]) < oldest then oldest = tonumber(fields[field]) end
+      if told == 'p' then
+        before = before + tonumber(fields[field + 1])
+      else
+        used = used + tonumber(fields[field + 1])
+      end
+      if not oldest or tonumber(name) < oldest then oldest = tonumber(name) end
     end
   end
   if not born then
