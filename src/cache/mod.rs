@@ -611,12 +611,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     let (this, shared, key) = (self.clone(), shared.clone(), key.clone());
                     // In the background: who waits needs the answer, not its copy.
                     self.0.tasks.spawn(async move {
-                        match owner {
+                        if version > this.purged_before(&key) {
+                            shared.store(&key, value, version, life, owner).await;
+                        } else if let Some(owner) = owner {
                             // It was purged while it was fetched: whoever waits for it elsewhere asks again.
-                            Some(owner) if version <= this.purged_before(&key) => {
-                                shared.release(&key, owner, &Error::Lost).await;
-                            }
-                            owner => shared.store(&key, value, version, life, owner).await,
+                            shared.release(&key, owner, &Error::Lost).await;
                         }
                     });
                 }
