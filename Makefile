@@ -21,7 +21,7 @@ test-otel:
 	$(CARGO) test --locked --quiet --features otel --lib -- trace:: telemetry::
 	$(CARGO) test --locked --quiet --features otel --test it -- otel::
 
-## Fuzz every place where input comes in, each for a minute: `make fuzz SECONDS=5`.
+## Fuzz every place where input comes in, each for a minute; `make fuzz SECONDS=5` for a look.
 fuzz:
 	scripts/fuzz.sh $(or $(SECONDS),60)
 

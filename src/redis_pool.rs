@@ -467,17 +467,20 @@ mod tests {
     async fn a_redis_that_says_nothing_is_waited_for_three_times_and_then_left_alone() {
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (redis, metrics) = redis(&format!("redis://{}", silent.local_addr().unwrap()));
-        for _ in 0..FAILURES {
-            let (answered, took) = ping(&redis).await;
-            assert!(!answered && took >= TIMEOUT && took < 5 * TIMEOUT, "{took:?}");
-        }
-        let mut quickest = Duration::MAX;
-        for _ in 0..10 {
-            let (answered, took) = ping(&redis).await;
-            assert!(!answered);
-            quickest = quickest.min(took);
-        }
-        assert!(quickest < TIMEOUT / 2, "{quickest:?}");
+        // The quickest of some: a busy machine may hold up any of them.
+        let quickest = async |pings: u32| {
+            let mut quickest = Duration::MAX;
+            for _ in 0..pings {
+                let (answered, took) = ping(&redis).await;
+                assert!(!answered);
+                quickest = quickest.min(took);
+            }
+            quickest
+        };
+        let waited = quickest(FAILURES).await;
+        assert!(waited >= TIMEOUT && waited < 5 * TIMEOUT, "{waited:?}");
+        let skipped = quickest(10).await;
+        assert!(skipped < TIMEOUT / 2, "{skipped:?}");
         let count = |outcome| metrics.redis_operations.get((Operation::Read, outcome));
         assert!(count(RedisOutcome::Timeout) >= FAILURES.into() && count(RedisOutcome::Skipped) > 0);
         assert!(!redis.is_up());

@@ -186,6 +186,18 @@ mod tests {
     use super::*;
     use crate::sandbox::{self, IssuerBehaviour, Sandbox};
 
+    fn get<'a>(host: &'a Host, path: &'a str, limit: usize, patience: Duration) -> Call<'a> {
+        Call {
+            method: Method::GET,
+            host,
+            path,
+            headers: HeaderMap::new(),
+            json: None,
+            limit,
+            deadline: Instant::now() + patience,
+        }
+    }
+
     #[test]
     fn a_url_says_what_its_parts_say_or_is_none() {
         let host: Host = "api.example.com".parse().unwrap();
@@ -218,15 +230,7 @@ mod tests {
         let body = "x".repeat(100_000);
         sandbox.issuer.respond_with(IssuerBehaviour::Body(body.clone()));
         let read = async |limit| {
-            let call = Call {
-                method: Method::GET,
-                host: &host,
-                path: "/.well-known/jwks",
-                headers: HeaderMap::new(),
-                json: None,
-                limit,
-                deadline: Instant::now() + Duration::from_secs(5),
-            };
+            let call = get(&host, "/.well-known/jwks", limit, Duration::from_secs(5));
             http.send(call).await.map(|reply| reply.body)
         };
         assert_eq!(read(body.len()).await.unwrap(), body);
@@ -247,15 +251,7 @@ mod tests {
         let allowed = Http::new(&config(vec!["127.0.0.0/8".parse().unwrap()])).unwrap();
         for (name, refused) in [("127.0.0.1", Transport::Refused), ("localhost", Transport::Unreachable)] {
             let host: Host = format!("{name}:{port}").parse().unwrap();
-            let call = || Call {
-                method: Method::GET,
-                host: &host,
-                path: "/",
-                headers: HeaderMap::new(),
-                json: None,
-                limit: 1,
-                deadline: Instant::now() + Duration::from_secs(5),
-            };
+            let call = || get(&host, "/", 1, Duration::from_secs(5));
             assert_eq!(guarded.send(call()).await.unwrap_err(), refused);
             assert!(listener.accept().now_or_never().is_none(), "{name} was connected to");
 
@@ -272,15 +268,7 @@ mod tests {
         sandbox.issuer.respond_with(IssuerBehaviour::Hang);
         let hour = Duration::from_secs(3_600);
         let asking = tokio_util::task::TaskTracker::new().spawn(async move {
-            let call = Call {
-                method: Method::GET,
-                host: &host,
-                path: "/.well-known/jwks",
-                headers: HeaderMap::new(),
-                json: None,
-                limit: 1,
-                deadline: Instant::now() + hour,
-            };
+            let call = get(&host, "/.well-known/jwks", 1, hour);
             http.send(call).await.map(|reply| reply.body)
         });
         // From here on only clocks are waited for.
