@@ -16,14 +16,13 @@ use super::IssuerAddress;
 use crate::{
     egress::{Http, client::Call},
     metrics::{Label, Success},
-    surrogates,
     trace::{self, Stage},
 };
 
 /// How long one fetch may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The most bytes of a key set: hundreds of keys, certificates included.
-const BODY: usize = 512 << 10;
+/// The most bytes of a key set; it also bounds how many keys there can be.
+const BODY: usize = 64 << 10;
 /// Numbers of keys. RFC 7518 §2 has no padding; some issuers pad nevertheless.
 const NUMBER: GeneralPurpose = GeneralPurpose::new(
     &alphabet::URL_SAFE,
@@ -65,10 +64,9 @@ pub(super) async fn fetch(http: Http, address: IssuerAddress) -> Result<Keys, St
 /// malformed ones. Of several keys with one id the first usable one counts. A document in which no
 /// key has an id is not a key set that tokens could refer to.
 pub(super) fn import(body: &[u8]) -> Option<Keys> {
-    let document: Value =
-        serde_json::from_str(&surrogates::replaced(std::str::from_utf8(body).ok()?)).ok()?;
+    let document: Value = serde_json::from_slice(body).ok()?;
     let entries = document.as_object()?.get("keys")?.as_array()?;
-    if !entries.is_empty() && entries.iter().all(|entry| member(entry, "kid").is_none()) {
+    if !entries.is_empty() && entries.iter().all(|entry| entry.get("kid").is_none()) {
         return None;
     }
     let mut keys = Keys::new();
