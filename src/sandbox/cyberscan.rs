@@ -298,6 +298,11 @@ impl FakeCyberScan {
         self.state(|state| state.script.push((rule, 0)));
     }
 
+    /// As `rule` says and no other, without a moment of good behaviour in between.
+    pub fn script_only(&self, rule: Rule) {
+        self.state(|state| state.script = vec![(rule, 0)]);
+    }
+
     /// Behaves again.
     pub fn clear_script(&self) {
         self.state(|state| state.script.clear());
