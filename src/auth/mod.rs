@@ -456,7 +456,8 @@ mod tests {
         let zeros = |jwk: &Value, name: &str, count: usize| {
             URL_SAFE_NO_PAD.encode([vec![0; count], number(jwk, name)].concat())
         };
-        let spellings: [(&str, &dyn Fn(&mut Value)); 6] = [
+        type Spell<'a> = &'a dyn Fn(&mut Value);
+        let spellings: [(&str, Spell<'_>); 6] = [
             ("a zero before n", &|jwk| jwk["n"] = zeros(jwk, "n", 1).into()),
             ("zeros before e", &|jwk| jwk["e"] = zeros(jwk, "e", 9).into()),
             ("padded n", &|jwk| jwk["n"] = format!("{}==", jwk["n"].as_str().unwrap()).into()),
