@@ -175,15 +175,13 @@ pub async fn explain(
 /// The headers of a request that brings what `text` has; `None` where no header could.
 fn as_headers(text: &str) -> Option<HeaderMap> {
     let text = text.trim();
-    let value = match text.split_once(':') {
-        Some((name, value)) if name.trim().eq_ignore_ascii_case("authorization") => value.trim(),
-        _ => text,
-    };
+    let named = text.split_once(':').filter(|(name, _)| name.trim().eq_ignore_ascii_case("authorization"));
     let mut headers = HeaderMap::new();
-    let value = match value {
-        "" => return Some(headers),
-        value if value.contains([' ', '\t']) => value.to_owned(),
-        token => format!("Bearer {token}"),
+    let value = match (named, text) {
+        (Some((_, value)), _) => value.trim().to_owned(),
+        (None, "") => return Some(headers),
+        (None, value) if value.contains([' ', '\t']) => value.to_owned(),
+        (None, token) => format!("Bearer {token}"),
     };
     let mut value = HeaderValue::from_bytes(value.as_bytes()).ok()?;
     value.set_sensitive(true);
