@@ -1,10 +1,7 @@
 //! Calls out: names, addresses, connections, certificates and answers of CyberScan and of the key issuers, through the
 //! proxy and the egress guard as a serving relay makes them. It must not know what findings become.
 
-use std::{
-    net::SocketAddr,
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -25,9 +22,7 @@ use crate::{
     auth::{IssuerAddress, explain},
     clock::Clock,
     ctim::ErrorItem,
-    cyberscan::{
-        self, Admission, Client, CyberScan, Error, Pace, Priority, QuotaUse, client::USER_AGENT,
-    },
+    cyberscan::{self, Admission, Client, CyberScan, Error, Pace, Priority, QuotaUse, client::USER_AGENT},
     egress::{AddressGuard, Config, Host, Http, Reply, Transport, client::Call},
     metrics::Metrics,
     settings::Settings,
@@ -215,7 +210,8 @@ impl<'a> Egress<'a> {
                 Ok(Ok(addresses)) => addresses.collect(),
                 Ok(Err(_)) => Vec::new(),
                 Err(_) => {
-                    let state = format!("the resolver did not answer within {} s", self.patience.as_secs_f64());
+                    let state =
+                        format!("the resolver did not answer within {} s", self.patience.as_secs_f64());
                     note(Finding::bad(stages.name, &about, state, "correct this machine's DNS"));
                     return false;
                 }
@@ -257,18 +253,23 @@ impl<'a> Egress<'a> {
         };
         let about = format!("{name}:{port}");
         let check = Check::EgressProxy;
-        let mut stream = match timeout(self.patience, TcpStream::connect((name.trim_matches(['[', ']']), port))).await
-        {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => {
-                let state = format!("no connection: {}", error.kind());
-                return vec![Finding::bad(check, &about, state, "correct egress.proxy, or start the proxy")];
-            }
-            Err(_) => {
-                let state = format!("no connection within {} s", self.patience.as_secs_f64());
-                return vec![Finding::bad(check, &about, state, "correct egress.proxy, or the firewall")];
-            }
-        };
+        let mut stream =
+            match timeout(self.patience, TcpStream::connect((name.trim_matches(['[', ']']), port))).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => {
+                    let state = format!("no connection: {}", error.kind());
+                    return vec![Finding::bad(
+                        check,
+                        &about,
+                        state,
+                        "correct egress.proxy, or start the proxy",
+                    )];
+                }
+                Err(_) => {
+                    let state = format!("no connection within {} s", self.patience.as_secs_f64());
+                    return vec![Finding::bad(check, &about, state, "correct egress.proxy, or the firewall")];
+                }
+            };
         let Some(host) = host.filter(|_| proxy.scheme() == "http") else {
             return vec![Finding::ok(check, &about, "takes connections")];
         };
@@ -318,11 +319,8 @@ impl<'a> Egress<'a> {
 
 fn connect(proxy: &Url, target: &str) -> String {
     let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let credentials = format!(
-        "{}:{}",
-        decoded(proxy.username()),
-        decoded(proxy.password().unwrap_or_default())
-    );
+    let credentials =
+        format!("{}:{}", decoded(proxy.username()), decoded(proxy.password().unwrap_or_default()));
     let authorization = match proxy.username() {
         "" => String::new(),
         _ => format!("Proxy-Authorization: Basic {}\r\n", STANDARD.encode(credentials)),
@@ -392,12 +390,9 @@ fn is_cyberscan(host: &Host, reply: &Reply) -> Finding {
             format!("is in trouble: status {status}"),
             "try again later; tell CyberScan if it lasts",
         ),
-        status_code if status_code.is_success() && json => Finding::warn(
-            check,
-            about,
-            "takes a key that is none",
-            "look whether this is CyberScan",
-        ),
+        status_code if status_code.is_success() && json => {
+            Finding::warn(check, about, "takes a key that is none", "look whether this is CyberScan")
+        }
         _ => {
             let what = if is_page(reply) { "a page for people" } else { "something else" };
             let state = format!("{what} answers (status {status}), not CyberScan's interface");
@@ -408,12 +403,7 @@ fn is_cyberscan(host: &Host, reply: &Reply) -> Finding {
 }
 
 /// One look whether CyberScan accepts `key`, by the client that serves.
-pub(super) async fn accepts(
-    egress: &Egress<'_>,
-    settings: &Settings,
-    host: &Host,
-    key: &ApiKey,
-) -> Finding {
+pub(super) async fn accepts(egress: &Egress<'_>, settings: &Settings, host: &Host, key: &ApiKey) -> Finding {
     let check = Check::CyberScanKey;
     let about = host.to_string();
     match authenticate(egress, settings, Tenant::new(host.clone(), key.clone())).await {
@@ -513,7 +503,8 @@ pub(super) fn hosts(settings: &Settings, options: &Options) -> (Vec<Host>, Findi
                 (vec![host], finding)
             }
             Ok(host) => {
-                let advice = "add it to cyberscan.hosts; with a port other than 443 it has to be listed exactly";
+                let advice =
+                    "add it to cyberscan.hosts; with a port other than 443 it has to be listed exactly";
                 (Vec::new(), Finding::bad(check, &host.to_string(), "not allowed", advice))
             }
             Err(error) => {

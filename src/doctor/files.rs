@@ -26,9 +26,10 @@ pub(super) fn examine(
     clock: Clock,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let has_secret = settings.effective().iter().any(|key| {
-        SECRETS.contains(&key.key) && !key.value.is_empty() && key.source.starts_with("file ")
-    });
+    let has_secret = settings
+        .effective()
+        .iter()
+        .any(|key| SECRETS.contains(&key.key) && !key.value.is_empty() && key.source.starts_with("file "));
     if let Some(file) = config_file {
         let advice = "chmod 640, owned by root and the group of the relay's user; or keep secrets in files of their own";
         findings.push(if has_secret {
@@ -87,7 +88,12 @@ pub(super) fn certificates(check: Check, file: &Path, clock: Clock) -> Finding {
             return Finding::bad(check, &about, state, "correct the path, or let the relay's user read it");
         }
         Ok(certificates) if certificates.is_empty() => {
-            return Finding::bad(check, &about, "has no certificate in it", "name a PEM file with certificates");
+            return Finding::bad(
+                check,
+                &about,
+                "has no certificate in it",
+                "name a PEM file with certificates",
+            );
         }
         Ok(certificates) => certificates,
     };
@@ -114,7 +120,11 @@ pub(super) fn certificates(check: Check, file: &Path, clock: Clock) -> Finding {
             let state = "a certificate in it expires within 30 days";
             Finding::warn(check, &about, state, "renew it")
         }
-        None => Finding::ok(check, &about, format!("{} certificate(s), good for a month at least", certificates.len())),
+        None => Finding::ok(
+            check,
+            &about,
+            format!("{} certificate(s), good for a month at least", certificates.len()),
+        ),
     }
 }
 

@@ -158,21 +158,11 @@ impl Finding {
         Self::new(check, about, Severity::Ok, state.as_ref(), "")
     }
 
-    pub(super) fn warn(
-        check: Check,
-        about: &str,
-        state: impl AsRef<str>,
-        advice: impl AsRef<str>,
-    ) -> Self {
+    pub(super) fn warn(check: Check, about: &str, state: impl AsRef<str>, advice: impl AsRef<str>) -> Self {
         Self::new(check, about, Severity::Warn, state.as_ref(), advice.as_ref())
     }
 
-    pub(super) fn bad(
-        check: Check,
-        about: &str,
-        state: impl AsRef<str>,
-        advice: impl AsRef<str>,
-    ) -> Self {
+    pub(super) fn bad(check: Check, about: &str, state: impl AsRef<str>, advice: impl AsRef<str>) -> Self {
         Self::new(check, about, Severity::Bad, state.as_ref(), advice.as_ref())
     }
 

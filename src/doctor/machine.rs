@@ -119,9 +119,8 @@ fn exposure(settings: &Settings) -> Finding {
 
 /// What is at the relay's own addresses.
 pub(super) async fn listeners(settings: &Settings, patience: Duration) -> Vec<Finding> {
-    let encrypted = settings.effective().iter().any(|key| {
-        key.key == "server.tls.certificate" && !key.value.is_empty()
-    });
+    let encrypted =
+        settings.effective().iter().any(|key| key.key == "server.tls.certificate" && !key.value.is_empty());
     let public = async {
         if encrypted {
             return occupied(Check::Listen, settings.listen);
@@ -130,9 +129,8 @@ pub(super) async fn listeners(settings: &Settings, patience: Duration) -> Vec<Fi
         let what = landing.map(|(_, body)| {
             let body: Value = serde_json::from_slice(&body).unwrap_or_default();
             let text = |name| body.get(name).and_then(Value::as_str).map(str::to_owned);
-            (text("service").as_deref() == Some(env!("CARGO_PKG_NAME"))).then(|| {
-                format!("a relay serves, version {}", text("version").unwrap_or_default())
-            })
+            (text("service").as_deref() == Some(env!("CARGO_PKG_NAME")))
+                .then(|| format!("a relay serves, version {}", text("version").unwrap_or_default()))
         });
         address(Check::Listen, settings.listen, what)
     };

@@ -90,14 +90,20 @@ pub async fn examine(settings: &Settings, options: &Options) -> Report {
     let (calls, public, redis, listeners) = tokio::join!(
         within(Check::CyberScanConnection, Box::pin(calls(settings, options, clock))),
         within(Check::PublicConnection, Box::pin(public(settings, options, clock))),
-        within(Check::RedisConnection, Box::pin(async {
-            let findings = redis::examine(settings, patience, clock).await;
-            Found { findings, skews: Vec::new() }
-        })),
-        within(Check::Listen, Box::pin(async {
-            let findings = machine::listeners(settings, patience).await;
-            Found { findings, skews: Vec::new() }
-        })),
+        within(
+            Check::RedisConnection,
+            Box::pin(async {
+                let findings = redis::examine(settings, patience, clock).await;
+                Found { findings, skews: Vec::new() }
+            })
+        ),
+        within(
+            Check::Listen,
+            Box::pin(async {
+                let findings = machine::listeners(settings, patience).await;
+                Found { findings, skews: Vec::new() }
+            })
+        ),
     );
     findings.push(clocks(&calls.skews));
     for found in [calls, public, redis, listeners] {
@@ -110,7 +116,8 @@ pub async fn examine(settings: &Settings, options: &Options) -> Report {
 async fn within(check: Check, examination: impl Future<Output = Found>) -> Found {
     timeout(WHOLE, examination).await.unwrap_or_else(|_| {
         let state = format!("the examination did not end within {} s", WHOLE.as_secs());
-        let finding = Finding::unknown(check, "", state, "try again; look whether this machine is overloaded");
+        let finding =
+            Finding::unknown(check, "", state, "try again; look whether this machine is overloaded");
         Found { findings: vec![finding], skews: Vec::new() }
     })
 }
@@ -152,9 +159,8 @@ async fn calls(settings: &Settings, options: &Options, clock: Clock) -> Found {
 async fn public(settings: &Settings, options: &Options, clock: Clock) -> Found {
     let (urls, findings) = public_url::audiences(settings, options.url.as_ref());
     let config = public_url::unguarded(&settings.egress);
-    let each = urls
-        .iter()
-        .map(|(host, prefix)| public_url::examine(&config, options.patience, clock, host, prefix));
+    let each =
+        urls.iter().map(|(host, prefix)| public_url::examine(&config, options.patience, clock, host, prefix));
     let mut found = Found { findings, skews: Vec::new() };
     for of in join_all(each).await {
         found.findings.extend(of.findings);
@@ -301,7 +307,11 @@ fn read(file: &Path) -> anyhow::Result<String> {
     if file == Path::new("-") {
         std::io::stdin().take(FILE).read_to_string(&mut text).with_context(what)?;
     } else {
-        std::fs::File::open(file).with_context(what)?.take(FILE).read_to_string(&mut text).with_context(what)?;
+        std::fs::File::open(file)
+            .with_context(what)?
+            .take(FILE)
+            .read_to_string(&mut text)
+            .with_context(what)?;
     }
     Ok(text)
 }

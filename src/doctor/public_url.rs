@@ -13,7 +13,13 @@ use super::{
     Check, Finding,
     egress::{Egress, Found, Question, Stages, is_page, redirect},
 };
-use crate::{auth::AuthError, clock::Clock, ctim::ErrorItem, egress::{Config, Host, Reply}, settings::Settings};
+use crate::{
+    auth::AuthError,
+    clock::Clock,
+    ctim::ErrorItem,
+    egress::{Config, Host, Reply},
+    settings::Settings,
+};
 
 const STAGES: Stages = Stages {
     name: Check::PublicName,
@@ -94,7 +100,11 @@ fn callable(audience: &str) -> Result<(Host, String), &'static str> {
         "http" => return Err("not https: the platform calls nothing else"),
         _ => return Err("no https URL"),
     }
-    if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
+    if !url.username().is_empty()
+        || url.password().is_some()
+        || url.query().is_some()
+        || url.fragment().is_some()
+    {
         return Err("has more than a host and a path");
     }
     let host = url.host_str().ok_or("no host")?;
@@ -267,7 +277,8 @@ impl Way<'_> {
 
     async fn authorization(&self) -> Finding {
         let check = Check::ProxyAuthorization;
-        let advice = "have the proxy pass the Authorization header on (nginx: no proxy_set_header Authorization)";
+        let advice =
+            "have the proxy pass the Authorization header on (nginx: no proxy_set_header Authorization)";
         let reply = match self.refusal("/health", "doctor", None).await {
             Ok(reply) => reply,
             Err(error) => return Finding::unknown(check, self.about, error, "try again"),
@@ -287,7 +298,8 @@ impl Way<'_> {
 
     async fn long_token(&self) -> Finding {
         let reply = self.refusal("/health", &"a".repeat(LONG_TOKEN), None).await;
-        let advice = "have the proxy take request heads of 16 KiB (nginx: large_client_header_buffers 4 16k;)";
+        let advice =
+            "have the proxy take request heads of 16 KiB (nginx: large_client_header_buffers 4 16k;)";
         self.passes(Check::ProxyHeaderLimit, "a token of 4 KiB", reply, advice)
     }
 
@@ -300,9 +312,10 @@ impl Way<'_> {
 
     fn passes(&self, check: Check, what: &str, reply: Result<Reply, String>, advice: &str) -> Finding {
         match reply {
-            Ok(reply) if [AuthError::Malformed, AuthError::MissingHeader, AuthError::WrongScheme]
-                .into_iter()
-                .any(|error| says(&reply, error)) =>
+            Ok(reply)
+                if [AuthError::Malformed, AuthError::MissingHeader, AuthError::WrongScheme]
+                    .into_iter()
+                    .any(|error| says(&reply, error)) =>
             {
                 Finding::ok(check, self.about, format!("{what} arrives"))
             }
@@ -310,7 +323,9 @@ impl Way<'_> {
                 let state = format!("{what} does not arrive (status {})", reply.status.as_u16());
                 Finding::warn(check, self.about, state, advice)
             }
-            Err(error) => Finding::warn(check, self.about, format!("{what} does not arrive: {error}"), advice),
+            Err(error) => {
+                Finding::warn(check, self.about, format!("{what} does not arrive: {error}"), advice)
+            }
         }
     }
 }

@@ -7,7 +7,11 @@ use std::time::Duration;
 use deadpool_redis::redis::{
     self, ErrorKind, FromRedisValue, InfoDict, RedisError, RedisResult, ServerErrorKind, Value, cmd,
 };
-use tokio::time::{Instant, timeout};
+use futures_util::future::join_all;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
+};
 use tokio_util::task::TaskTracker;
 
 use super::{Check, Finding};
@@ -70,7 +74,8 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
         return vec![Finding::ok(Check::RedisUrl, "", state)];
     };
     let about = places(config);
-    let mut findings = vec![Finding::ok(Check::RedisUrl, &about, "set"), encryption(settings, config, &about)];
+    let mut findings =
+        vec![Finding::ok(Check::RedisUrl, &about, "set"), encryption(settings, config, &about)];
     let started = Instant::now();
     let connecting = async {
         let redis = Redis::new(config, Metrics::new(), TaskTracker::new());
@@ -82,7 +87,11 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
     let mut link = match timeout(patience, connecting).await {
         Ok(Ok(link)) => link,
         Ok(Err(Some(error))) => {
-            findings.push(unreachable(config, &about, &error));
+            let finding = match without_handshake(config, &about, &error, patience).await {
+                Some(finding) => finding,
+                None => unreachable(config, &about, &error),
+            };
+            findings.push(finding);
             return findings;
         }
         Ok(Err(None)) => {
@@ -97,6 +106,13 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
         }
     };
     let took = started.elapsed().as_millis();
+    // One that asks for a password it was not given accepts the connection all the same.
+    if let Ok(Err(error)) = timeout(patience, ask::<Value>(&mut link, &["PING"])).await
+        && error.code() == Some("NOAUTH")
+    {
+        findings.push(unreachable(config, &about, &error));
+        return findings;
+    }
     let mut other = link.clone();
     let nodes = nodes(config, &mut other, settings, patience);
     let whole = async {
@@ -115,6 +131,27 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
         Err(_) => findings.push(silent(&about, patience)),
     }
     findings
+}
+
+/// A plain server waits for the end of what it takes for a command, and the handshake for an answer.
+async fn without_handshake(
+    config: &Config,
+    about: &str,
+    error: &RedisError,
+    patience: Duration,
+) -> Option<Finding> {
+    let place = config.urls.iter().find(|url| url.is_encrypted())?.place();
+    if !error.is_timeout() && !error.to_string().contains("timed out") {
+        return None;
+    }
+    let connected = timeout(patience, TcpStream::connect(place)).await;
+    connected.ok()?.ok()?;
+    Some(plain(about))
+}
+
+fn plain(about: &str) -> Finding {
+    let advice = "write redis:// if this port is a plain one, or enable TLS in Redis (tls-port)";
+    Finding::bad(Check::RedisTls, about, "takes connections, but does not speak TLS on this port", advice)
 }
 
 fn silent(about: &str, patience: Duration) -> Finding {
@@ -152,8 +189,7 @@ fn unreachable(config: &Config, about: &str, error: &RedisError) -> Finding {
         );
     }
     if encrypted && has(&["corrupt message", "InvalidContentType", "InvalidMessage", "close_notify", "eof"]) {
-        let advice = "write redis:// if this port is a plain one, or enable TLS in Redis (tls-port)";
-        return Finding::bad(Check::RedisTls, about, "does not speak TLS on this port", advice);
+        return plain(about);
     }
     match (error.kind(), error.code()) {
         (ErrorKind::AuthenticationFailed, _) | (_, Some("NOAUTH" | "WRONGPASS")) => Finding::bad(
@@ -299,13 +335,17 @@ async fn commands(about: &str, link: &mut Link) -> Vec<Finding> {
     // One hash tag: in a cluster they are on one node, as a value and its lock are.
     let key = |kind: &str| format!("{PREFIX}{{doctor-{nonce}}}:{kind}");
     let mut refused = Refused::default();
-    for line in COMMANDS {
-        let words: Vec<String> = line
-            .split(' ')
-            .map(|word| if let "V" | "H" | "Z" | "S" = word { key(word) } else { word.to_owned() })
-            .collect();
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        refused.note(line, ask::<Value>(link, &words).await.err());
+    // All at once, and in order: one round trip, however far away it is.
+    let asking = COMMANDS.iter().map(|line| {
+        let own = |word| if let "V" | "H" | "Z" | "S" = word { key(word) } else { word.to_owned() };
+        let (words, mut link): (Vec<String>, Link) = (line.split(' ').map(own).collect(), link.clone());
+        async move {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            ask::<Value>(&mut link, &words).await.err()
+        }
+    });
+    for (line, error) in COMMANDS.iter().zip(join_all(asking).await) {
+        refused.note(line, error);
     }
     for own in OWN_KEYS {
         let reading = if own.ends_with("events") {
@@ -463,9 +503,8 @@ async fn nodes(config: &Config, link: &mut Link, settings: &Settings, patience: 
     let each = config.urls.iter().map(|url| async move {
         let about = url.place();
         let single = Config { urls: vec![url.clone()], mode: Mode::Single, ..config.clone() };
-        let connecting = async {
-            Redis::new(&single, Metrics::new(), TaskTracker::new()).ok()?.try_link().await.ok()
-        };
+        let connecting =
+            async { Redis::new(&single, Metrics::new(), TaskTracker::new()).ok()?.try_link().await.ok() };
         match timeout(patience, connecting).await {
             Ok(Some(mut link)) => node(&about, config.mode, &mut link, settings).await,
             _ => {
@@ -474,7 +513,7 @@ async fn nodes(config: &Config, link: &mut Link, settings: &Settings, patience: 
             }
         }
     });
-    futures_util::future::join_all(each).await.into_iter().flatten().collect()
+    join_all(each).await.into_iter().flatten().collect()
 }
 
 async fn node(about: &str, mode: Mode, link: &mut Link, settings: &Settings) -> Vec<Finding> {
@@ -514,7 +553,12 @@ fn version(about: &str, version: Option<&str>) -> Finding {
             Finding::bad(check, about, format!("version {version}"), "use Redis 7.0 or later, or Valkey")
         }
         (Some(_), Some(version)) => Finding::ok(check, about, format!("version {version}")),
-        _ => Finding::unknown(check, about, "does not tell its version", "look whether it is Redis 7.0 or later"),
+        _ => Finding::unknown(
+            check,
+            about,
+            "does not tell its version",
+            "look whether it is Redis 7.0 or later",
+        ),
     }
 }
 
@@ -547,7 +591,12 @@ fn memory(about: &str, used: u64, most: u64) -> Finding {
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     if most == 0 {
         let advice = "set maxmemory, below what its machine or container has, and volatile-lfu";
-        Finding::warn(check, about, "no limit (maxmemory 0): it grows until its machine has no memory", advice)
+        Finding::warn(
+            check,
+            about,
+            "no limit (maxmemory 0): it grows until its machine has no memory",
+            advice,
+        )
     } else if most < LITTLE_MEMORY {
         let advice = "set maxmemory to 64mb at least; an answer takes 2 to 50 KB";
         Finding::warn(check, about, format!("{} of {}", mib(used), mib(most)), advice)
@@ -564,7 +613,8 @@ fn eviction(about: &str, policy: &str, most: u64) -> Finding {
         "noeviction" if most == 0 => return Finding::ok(check, about, "noeviction, and no limit of memory"),
         "noeviction" => "noeviction: once it is full every write is refused, and replicas share nothing",
         _ if policy.starts_with("allkeys-") => {
-            let state = format!("{policy}: quotas and purges are dropped like answers, and calls are made twice");
+            let state =
+                format!("{policy}: quotas and purges are dropped like answers, and calls are made twice");
             return if most == 0 {
                 Finding::warn(check, about, state, advice)
             } else {
@@ -652,7 +702,9 @@ mod tests {
         let tried: BTreeSet<&str> = COMMANDS.iter().map(|line| line.split(' ').next().unwrap()).collect();
         let untried: Vec<&String> = used
             .iter()
-            .filter(|name| *name != "DEL" && !NOT_OURS.contains(&name.as_str()) && !tried.contains(name.as_str()))
+            .filter(|name| {
+                *name != "DEL" && !NOT_OURS.contains(&name.as_str()) && !tried.contains(name.as_str())
+            })
             .collect();
         assert!(untried.is_empty(), "the relay uses {untried:?}, and doctor does not try them");
     }

@@ -199,7 +199,9 @@ fn no_header_value() -> TokenReport {
         step: check.as_str(),
         passed: passed(check),
         detail: match check {
-            TokenCheck::Scheme => "line breaks or control characters within: no header can carry that".to_owned(),
+            TokenCheck::Scheme => {
+                "line breaks or control characters within: no header can carry that".to_owned()
+            }
             _ => String::new(),
         },
     });
@@ -311,10 +313,13 @@ fn line(step: &Step, explanation: &Explanation, settings: &Settings, clock: Cloc
         let listed = settings.effective().iter().find(|key| key.key == "auth.jwks_hosts");
         listed.map_or_else(String::new, |listed| listed.value.clone())
     };
-    let kid = || said.header.as_ref().and_then(|header| header.get("kid")).map_or_else(|| "none".to_owned(), shown);
+    let kid =
+        || said.header.as_ref().and_then(|header| header.get("kid")).map_or_else(|| "none".to_owned(), shown);
     let detail = match (step.check, &step.outcome) {
         (_, None) => "not tried: a check before it failed".to_owned(),
-        (TokenCheck::Audience, Some(Err(_))) => format!("the token is for {}; this relay is {}", named("aud"), ours()),
+        (TokenCheck::Audience, Some(Err(_))) => {
+            format!("the token is for {}; this relay is {}", named("aud"), ours())
+        }
         (TokenCheck::Audience, Some(Ok(()))) => format!("for {}", named("aud")),
         (TokenCheck::AllowList, Some(Err(_))) => {
             format!("the token names {}; believed are {}", named("jwks_host"), issuers())
@@ -342,7 +347,9 @@ fn line(step: &Step, explanation: &Explanation, settings: &Settings, clock: Cloc
                 (false, false) => "api_key and host are missing".to_owned(),
                 (false, true) => "api_key is missing".to_owned(),
                 (true, false) => "host is missing, or no text".to_owned(),
-                (true, true) => "api_key is no key: no text, empty, too long, or with blanks within".to_owned(),
+                (true, true) => {
+                    "api_key is no key: no text, empty, too long, or with blanks within".to_owned()
+                }
             }
         }
         (TokenCheck::Host, Some(Err(_))) => {
@@ -353,7 +360,11 @@ fn line(step: &Step, explanation: &Explanation, settings: &Settings, clock: Cloc
         (_, Some(Err(Refusal::Host(error)))) => error.to_string(),
         (_, Some(Ok(()))) => String::new(),
     };
-    Line { step: step.check.as_str(), passed: step.outcome.as_ref().map(Result::is_ok), detail: plain(&detail) }
+    Line {
+        step: step.check.as_str(),
+        passed: step.outcome.as_ref().map(Result::is_ok),
+        detail: plain(&detail),
+    }
 }
 
 fn shape(said: &Said) -> String {

@@ -312,9 +312,8 @@ mod tests {
 
     #[test]
     fn the_hosts_that_are_named_are_allowed_and_each_is_named_once() {
-        let named = |list: &str| -> Vec<String> {
-            patterns(list).named().iter().map(ToString::to_string).collect()
-        };
+        let named =
+            |list: &str| -> Vec<String> { patterns(list).named().iter().map(ToString::to_string).collect() };
         assert_eq!(named("cyberscan.io,*.cyberscan.io"), ["cyberscan.io"]);
         assert_eq!(named("*.cyberscan.io,localhost:8443,a.example"), ["localhost:8443", "a.example"]);
         assert_eq!(named("*,*.example.com"), ["example.com"]);

@@ -391,7 +391,7 @@ async fn doctor_and_the_relay_never_disagree_about_a_token() {
     assert!(told.len() > 300, "{} tokens", told.len());
     check_each(&told, async |case| {
         let token = forge.token(case);
-        let text = if case.lines == usual {
+        let text = if case.lines == usual && !token.is_empty() {
             token.clone()
         } else {
             fill(&case.lines[0], &|_| Some(token.clone()))

@@ -42,7 +42,10 @@ async fn where_all_is_well_every_stage_says_so() {
 async fn names_addresses_and_connections_that_fail_are_told_apart() {
     let world = World::start().await;
     let report = world
-        .examine(&[("RELAY_CYBERSCAN_HOSTS", "cyberscan.invalid"), ("RELAY_AUTH_JWKS_HOSTS", "issuer.invalid")])
+        .examine(&[
+            ("RELAY_CYBERSCAN_HOSTS", "cyberscan.invalid"),
+            ("RELAY_AUTH_JWKS_HOSTS", "issuer.invalid"),
+        ])
         .await;
     bad(&report, Check::CyberScanName, "does not resolve");
     bad(&report, Check::IssuerName, "does not resolve");
@@ -131,7 +134,10 @@ async fn what_answers_in_place_of_key_issuers_is_told() {
         (IssuerBehaviour::Redirect("https://login.example/".to_owned()), "redirects (302)"),
         (IssuerBehaviour::Body("<html>".to_owned()), "a page for people"),
         (IssuerBehaviour::Body("{}".to_owned()), "not with a key set"),
-        (IssuerBehaviour::Body("{\"keys\":[{\"kid\":\"a\",\"kty\":\"EC\"}]}".to_owned()), "no key that can verify"),
+        (
+            IssuerBehaviour::Body("{\"keys\":[{\"kid\":\"a\",\"kty\":\"EC\"}]}".to_owned()),
+            "no key that can verify",
+        ),
         (IssuerBehaviour::Endless, "far larger"),
     ] {
         issuer.respond_with(behaviour);

@@ -67,7 +67,11 @@ fn own(status: u16, body: &str) -> Response<Full<Bytes>> {
     response
 }
 
-async fn answer(request: Request<Incoming>, relay: SocketAddr, way: Way) -> io::Result<Response<Full<Bytes>>> {
+async fn answer(
+    request: Request<Incoming>,
+    relay: SocketAddr,
+    way: Way,
+) -> io::Result<Response<Full<Bytes>>> {
     const PAGE: &str = "<html><body>413</body></html>";
     let (mut head, body) = request.into_parts();
     let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
@@ -146,7 +150,8 @@ async fn tunnel(mut client: TcpStream, how: Arc<Forward>) {
     }
     let head = String::from_utf8_lossy(&head).into_owned();
     let refuse = async |mut client: TcpStream, status: u16| {
-        let _ = client.write_all(format!("HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n").as_bytes()).await;
+        let _ =
+            client.write_all(format!("HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n").as_bytes()).await;
     };
     match *how {
         Forward::Refuse(status) => refuse(client, status).await,

@@ -3,11 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use cyberscan_relay::doctor::{Check, Options, Severity};
-use tokio::{
-    io::AsyncWriteExt,
-    net::TcpListener,
-    process::Command,
-};
+use tokio::{io::AsyncWriteExt, net::TcpListener, process::Command};
 
 use super::{World, bad, found, impatient, said, set_mode, warned};
 use crate::{
@@ -31,11 +27,11 @@ async fn files_with_secrets_that_others_can_read_are_told() {
         let secret = file("token", "a-long-enough-admin-token", secret_mode);
         let environment = world.environment(&[("RELAY_ADMIN_TOKEN_FILE", secret.to_str().unwrap())]);
         let settings = cyberscan_relay::settings::Settings::load(Some(&config), environment).unwrap();
-        let options =
-            Options { config_file: Some(config), secret_files: vec![secret], ..impatient() };
+        let options = Options { config_file: Some(config), secret_files: vec![secret], ..impatient() };
         async move { cyberscan_relay::doctor::examine(&settings, &options).await }
     };
-    let secret = "[redis]\nencryption_key = \"c0ffee00c0ffee11c0ffee22c0ffee33c0ffee44c0ffee55c0ffee66c0ffee77\"";
+    let secret =
+        "[redis]\nencryption_key = \"c0ffee00c0ffee11c0ffee22c0ffee33c0ffee44c0ffee55c0ffee66c0ffee77\"";
     let well = report(secret, 0o640, 0o600).await;
     found(&well, Check::ConfigFile, Severity::Ok, "640");
     found(&well, Check::SecretFile, Severity::Ok, "600");
@@ -98,8 +94,7 @@ async fn addresses_that_are_taken_or_are_not_ours_are_told() {
     // Neither an answer, nor an end.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let silent_address = silent.local_addr().unwrap().to_string();
-    let report =
-        world.examine(&[("RELAY_LISTEN", &address), ("RELAY_ADMIN_LISTEN", &silent_address)]).await;
+    let report = world.examine(&[("RELAY_LISTEN", &address), ("RELAY_ADMIN_LISTEN", &silent_address)]).await;
     bad(&report, Check::Listen, "taken by something that is no relay");
     bad(&report, Check::AdminListen, "taken by something that is no relay");
     let report =
@@ -122,7 +117,10 @@ async fn a_relay_that_runs_is_recognised_and_asked_how_it_is() {
     ];
     eventually("ready", async || {
         let report = world.examine(&settings).await;
-        report.findings.iter().any(|finding| finding.check == Check::Ready && finding.severity == Severity::Ok)
+        report
+            .findings
+            .iter()
+            .any(|finding| finding.check == Check::Ready && finding.severity == Severity::Ok)
     })
     .await;
     let report = world.examine(&settings).await;
@@ -131,7 +129,10 @@ async fn a_relay_that_runs_is_recognised_and_asked_how_it_is() {
     redis.kill();
     eventually("degraded", async || {
         let report = world.examine(&settings).await;
-        report.findings.iter().any(|finding| finding.check == Check::Ready && finding.severity == Severity::Warn)
+        report
+            .findings
+            .iter()
+            .any(|finding| finding.check == Check::Ready && finding.severity == Severity::Warn)
     })
     .await;
     warned(&world.examine(&settings).await, Check::Ready, "degraded");

@@ -1,12 +1,6 @@
 //! `doctor`: each fault it can find is brought about, against real servers, and found; where all is well it says so.
 
-use std::{
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    process::Stdio,
-    sync::Arc,
-    time::Duration,
-};
+use std::{os::unix::fs::PermissionsExt, path::Path, process::Stdio, sync::Arc, time::Duration};
 
 use cyberscan_relay::{
     doctor::{self, Check, Finding, Options, Report, Severity},
@@ -16,10 +10,7 @@ use cyberscan_relay::{
 use serde_json::Value;
 use tokio::process::Command;
 
-use crate::{
-    fleet::RelayProcess,
-    harness::sandbox_settings,
-};
+use crate::{fleet::RelayProcess, harness::sandbox_settings};
 
 mod egress;
 mod front;
@@ -116,7 +107,9 @@ fn found<'a>(report: &'a Report, check: Check, severity: Severity, words: &str) 
     let text = report.text(false);
     let matching: Vec<&Finding> =
         all(report, check).into_iter().filter(|finding| finding.severity == severity).collect();
-    let [finding] = matching[..] else { panic!("{} findings {check:?} {severity:?} in\n{text}", matching.len()) };
+    let [finding] = matching[..] else {
+        panic!("{} findings {check:?} {severity:?} in\n{text}", matching.len())
+    };
     assert!(finding.state.contains(words), "{words:?} is not in {finding:?}");
     assert_eq!(finding.advice.is_empty(), severity == Severity::Ok, "{finding:?}");
     finding
@@ -150,7 +143,9 @@ fn every_finding_has_a_test_that_brings_it_about() {
     // That there is no Redis is nothing bad.
     for check in Check::ALL.iter().filter(|check| **check != Check::RedisUrl) {
         let name = format!("Check::{check:?}");
-        let tested = tests.match_indices(&name).any(|(at, _)| !tests[at + name.len()..].starts_with(char::is_alphanumeric));
+        let tested = tests
+            .match_indices(&name)
+            .any(|(at, _)| !tests[at + name.len()..].starts_with(char::is_alphanumeric));
         assert!(tested, "no test for {}", check.id());
     }
 }

@@ -6,12 +6,13 @@ use cyberscan_relay::{
 };
 use serde_json::json;
 
-use super::{World, front::{Forward, Way, forward, reverse}, said};
+use super::{
+    World,
+    front::{Forward, Way, forward, reverse},
+    said,
+};
 use crate::{
-    canary::Canaries,
-    faults::untrusted::Authority,
-    fleet::RelayProcess,
-    harness::TestRelay,
+    canary::Canaries, faults::untrusted::Authority, fleet::RelayProcess, harness::TestRelay,
     redis::RedisServer,
 };
 
@@ -43,9 +44,11 @@ async fn a_configuration_that_would_not_serve_is_a_finding_for_each_fault() {
     let report = said.json();
     let findings = report["findings"].as_array().unwrap();
     assert_eq!(findings.len(), 2, "{report}");
-    assert!(findings.iter().all(|finding| {
-        finding["id"] == Check::Configuration.id() && finding["severity"] == "bad"
-    }));
+    assert!(
+        findings
+            .iter()
+            .all(|finding| { finding["id"] == Check::Configuration.id() && finding["severity"] == "bad" })
+    );
     assert!(findings.iter().any(|finding| finding["about"] == "ctim.tlp"), "{report}");
 }
 
@@ -96,11 +99,8 @@ async fn no_secret_is_in_any_output_whatever_goes_wrong() {
     let redis = RedisServer::process(&["--requirepass", PASSWORD]).await;
     let right = format!("redis://:{PASSWORD}@127.0.0.1:{}", redis.port());
     let wrong = format!("redis://someone:{PASSWORD}@127.0.0.1:{}", redis.port());
-    let echo = Behaviour::Status {
-        code: 500,
-        retry_after: None,
-        body: format!("{{\"error\": \"{KEY} {token}\"}}"),
-    };
+    let echo =
+        Behaviour::Status { code: 500, retry_after: None, body: format!("{{\"error\": \"{KEY} {token}\"}}") };
     let proxy = format!("http://user:{PROXY}@{}", forward(Forward::Refuse(407)).await);
     let mut outputs = Vec::new();
     for (url, proxy, broken) in [

@@ -53,7 +53,11 @@ async fn a_url_that_does_not_lead_back_is_told_with_what_stands_there() {
         (Way::Answer(400, ""), Check::PublicAnswer, "refused as HTTP"),
         (Way::Answer(400, "<html>plain HTTP to HTTPS port"), Check::PublicAnswer, "a proxy refuses"),
         (Way::Answer(401, ""), Check::PublicAnswer, "asks who is calling (401)"),
-        (Way::Redirect("https://login.example/?next=secret"), Check::PublicRedirect, "https://login.example;"),
+        (
+            Way::Redirect("https://login.example/?next=secret"),
+            Check::PublicRedirect,
+            "https://login.example;",
+        ),
         (Way::Redirect("/login"), Check::PublicRedirect, "another path"),
         (Way::Silent, Check::PublicAnswer, "no answer within 3 s"),
     ] {

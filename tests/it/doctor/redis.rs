@@ -33,8 +33,9 @@ async fn the_rights_that_are_recommended_are_enough_and_none_is_left_behind() {
     let redis = RedisServer::process(&["--maxmemory", "64mb", "--maxmemory-policy", "volatile-lfu"]).await;
     let script = include_str!("../../../scripts/secrets.sh");
     let line = script.lines().find(|line| line.starts_with("user relay ")).unwrap();
-    let rights = line.split(' ').skip(4).collect::<Vec<_>>();
-    let _: String = redis.ask(&[&["ACL", "SETUSER", "relay", "on", ">p@ss/w:rd"], &rights[..]].concat()).await;
+    let rights = line.split(' ').skip_while(|word| !word.starts_with('~')).collect::<Vec<_>>();
+    let _: String =
+        redis.ask(&[&["ACL", "SETUSER", "relay", "on", ">p@ss/w:rd"], &rights[..]].concat()).await;
     let report = with(&format!("redis://relay:p%40ss%2Fw:rd@127.0.0.1:{}", redis.port()), &[]).await;
     for check in [
         Check::RedisUrl,
