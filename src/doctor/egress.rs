@@ -151,6 +151,12 @@ impl<'a> Egress<'a> {
                 "no connection through the proxy",
                 "see egress-proxy; have the proxy allow this host and port",
             )),
+            Err(Transport::Unreachable) if self.connects(host).await => note(Finding::bad(
+                stages.tls,
+                &about,
+                format!("takes connections, but no TLS comes up within {:?}", self.config.connect_timeout),
+                "correct the port if TLS is not spoken there; raise egress.connect_timeout if it is far away",
+            )),
             Err(Transport::Unreachable) => note(Finding::bad(
                 stages.connection,
                 &about,
@@ -194,6 +200,13 @@ impl<'a> Egress<'a> {
         headers.insert(header::USER_AGENT, USER_AGENT);
         let deadline = Instant::now() + self.patience;
         self.http.send(Call { method, host, path, headers, json, limit: BODY, deadline }).await
+    }
+
+    /// Whether `host` takes connections at all. It was called a moment ago, so the guard allows it.
+    async fn connects(&self, host: &Host) -> bool {
+        let name = host.name();
+        let place = (name.trim_matches(['[', ']']).to_owned(), host.port());
+        matches!(timeout(self.patience, TcpStream::connect(place)).await, Ok(Ok(_)))
     }
 
     /// Whether the name of `host` leads to addresses that may be called.
@@ -360,11 +373,31 @@ pub(super) async fn cyberscan(
     };
     if let Some(reply) = egress.follow(&CYBERSCAN, host, question, &mut found).await {
         found.findings.push(is_cyberscan(host, &reply));
+        found.findings.push(latency(egress, settings.cyberscan.timeout, host).await);
         if let Some(key) = key {
             found.findings.push(accepts(egress, settings, host, key).await);
         }
     }
     found
+}
+
+/// How long CyberScan takes on a connection that is there, against what the relay waits.
+async fn latency(egress: &Egress<'_>, limit: Duration, host: &Host) -> Finding {
+    let (check, about) = (Check::CyberScanLatency, host.to_string());
+    let started = Instant::now();
+    let answered = egress.ask(host, Question::get("/api/v1/")).await;
+    let took = started.elapsed();
+    let advice = "raise cyberscan.timeout, and request.deadline above it";
+    match answered {
+        _ if took > limit => {
+            Finding::bad(check, &about, format!("takes {took:.1?}; the relay waits {limit:?}"), advice)
+        }
+        Err(error) => Finding::unknown(check, &about, format!("a second call failed: {error}"), "try again"),
+        Ok(_) if took > limit / 2 => {
+            Finding::warn(check, &about, format!("takes {took:.1?} of {limit:?}"), advice)
+        }
+        Ok(_) => Finding::ok(check, &about, format!("takes {took:.1?}")),
+    }
 }
 
 fn is_cyberscan(host: &Host, reply: &Reply) -> Finding {

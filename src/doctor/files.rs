@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use rustls::pki_types::{CertificateDer, UnixTime, pem::PemObject};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 
-use super::{Check, Finding};
+use super::{Check, Finding, Severity};
 use crate::{clock::Clock, settings::Settings};
 
 /// Certificates that expire within this time are told.
@@ -49,7 +49,9 @@ pub(super) fn examine(
         found.map(|key| key.value.clone())
     };
     if let Some(certificate) = value("server.tls.certificate") {
-        findings.push(certificates(Check::ServerCertificate, Path::new(&certificate), clock));
+        let finding = certificates(Check::ServerCertificate, Path::new(&certificate), clock);
+        let misnamed = misnamed(Path::new(&certificate), &settings.auth.audiences);
+        findings.push(misnamed.filter(|_| finding.severity == Severity::Ok).unwrap_or(finding));
     }
     if let Some(key) = value("server.tls.key") {
         findings.push(private(Check::SecretFile, Path::new(&key), "chmod 600, owned by the relay's user"));
@@ -128,6 +130,24 @@ pub(super) fn certificates(check: Check, file: &Path, clock: Clock) -> Finding {
     }
 }
 
+/// What the first certificate in `file` is not for, of the public URLs.
+fn misnamed(file: &Path, audiences: &[String]) -> Option<Finding> {
+    let certificate = CertificateDer::pem_file_iter(file).ok()?.next()?.ok()?;
+    let certificate = webpki::EndEntityCert::try_from(&certificate).ok()?;
+    let not_for = |audience: &&String| {
+        let url = url::Url::parse(audience).ok();
+        let name = url.as_ref().and_then(|url| ServerName::try_from(url.host_str()?.to_owned()).ok());
+        name.is_some_and(|name| certificate.verify_is_valid_for_subject_name(&name).is_err())
+    };
+    let audience = audiences.iter().find(not_for)?;
+    Some(Finding::warn(
+        Check::ServerCertificate,
+        &file.display().to_string(),
+        format!("is not for {audience}, where callers come in unless a proxy stands in front"),
+        "use a certificate with the name of the public URL",
+    ))
+}
+
 enum Fault {
     Expired,
     NotYet,
@@ -154,7 +174,6 @@ mod tests {
     use rcgen::{CertificateParams, KeyPair, date_time_ymd};
 
     use super::*;
-    use crate::doctor::Severity;
 
     #[test]
     fn a_certificate_is_told_before_it_expires_and_after() {
@@ -183,6 +202,12 @@ mod tests {
             assert_eq!(severity("good and old", format!("{good}{old}")), Severity::Bad);
             assert_eq!(severity("early", pem((2031, 1, 1), (2032, 1, 1), is_ca)), Severity::Bad);
         }
+        let names = |audience: &str| misnamed(&directory.path().join("good"), &[audience.to_owned()]);
+        assert_eq!(names("https://relay.example.com"), None);
+        assert_eq!(
+            names("https://other.example.com/x").map(|finding| finding.severity),
+            Some(Severity::Warn)
+        );
         assert_eq!(severity("empty", String::new()), Severity::Bad);
         let missing = certificates(Check::CaFile, &directory.path().join("missing"), clock);
         assert_eq!(missing.severity, Severity::Bad);

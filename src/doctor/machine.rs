@@ -23,6 +23,7 @@ const TOKEN: usize = 16;
 /// What the settings say by themselves.
 pub(super) fn limits(settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![open_files(settings)];
+    findings.extend(memory(settings));
     let deadline = settings.enrich.deadline;
     findings.push(if deadline > PLATFORM {
         Finding::warn(
@@ -90,6 +91,29 @@ fn open_files(settings: &Settings) -> Finding {
         Some((files, _)) => Finding::ok(check, "", format!("{files} files, {wanted} connections")),
         None => Finding::ok(check, "", "no limit"),
     }
+}
+
+/// What a relay needs beside its cache, roughly: bodies, connections, the binary.
+const BESIDE: u64 = 64 << 20;
+
+fn memory(settings: &Settings) -> Option<Finding> {
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let container = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let machine = std::fs::read_to_string("/proc/meminfo").ok();
+    let machine = machine.as_deref().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        number(line.trim().strip_suffix("kB")?).map(|kib| kib << 10)
+    });
+    let there = container.as_deref().and_then(number).into_iter().chain(machine).min()?;
+    let cache = settings.cache.memory.saturating_add(settings.enrich.rendered_memory);
+    let mib = |bytes: u64| bytes >> 20;
+    let state = format!("{} MiB of cache, {} MiB of memory", mib(cache), mib(there));
+    Some(if cache.saturating_add(BESIDE) > there {
+        let advice = "lower cache.memory, or give the relay more; it needs 64 MiB beside the cache";
+        Finding::bad(Check::Memory, "", state, advice)
+    } else {
+        Finding::ok(Check::Memory, "", state)
+    })
 }
 
 fn exposure(settings: &Settings) -> Finding {

@@ -41,9 +41,11 @@ pub(super) fn audiences(settings: &Settings, url: Option<&Url>) -> (Vec<(Host, S
     let mut findings = Vec::new();
     let mut urls = Vec::new();
     let trusted = &settings.auth.trusted_proxies;
+    let own_tls =
+        settings.effective().iter().any(|key| key.key == "server.tls.certificate" && !key.value.is_empty());
     if audiences.is_empty() {
         let advice = "set auth.audiences to the URL in the module type";
-        findings.push(if trusted.is_empty() {
+        findings.push(if trusted.is_empty() && !own_tls {
             let state = "derived from each request's Host header, as http://<host>: a token for an https:// URL is refused";
             Finding::bad(Check::Audiences, "", state, advice)
         } else {

@@ -27,6 +27,7 @@ async fn where_all_is_well_every_stage_says_so() {
         Check::CyberScanConnection,
         Check::CyberScanTls,
         Check::CyberScanAnswer,
+        Check::CyberScanLatency,
         Check::IssuerName,
         Check::IssuerAddress,
         Check::IssuerConnection,
@@ -62,6 +63,29 @@ async fn names_addresses_and_connections_that_fail_are_told_apart() {
         world.examine(&[("RELAY_CYBERSCAN_HOSTS", &closed), ("RELAY_AUTH_JWKS_HOSTS", &closed)]).await;
     bad(&report, Check::CyberScanConnection, "no connection");
     bad(&report, Check::IssuerConnection, "no connection");
+}
+
+#[tokio::test]
+async fn a_port_without_tls_and_times_that_are_too_short_are_told() {
+    let world = World::start().await;
+    let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let host = format!("localhost:{}", plain.local_addr().unwrap().port());
+    let report = world
+        .examine(&[
+            ("RELAY_CYBERSCAN_HOSTS", &host),
+            ("RELAY_AUTH_JWKS_HOSTS", &host),
+            ("RELAY_EGRESS_CONNECT_TIMEOUT", "300ms"),
+        ])
+        .await;
+    let finding = bad(&report, Check::CyberScanTls, "no TLS comes up within 300ms");
+    assert!(finding.advice.contains("egress.connect_timeout"), "{finding:?}");
+    bad(&report, Check::IssuerTls, "no TLS comes up");
+
+    world.sandbox.cyberscan.latency(Duration::from_millis(600));
+    let of = async |time_out| world.examine(&[("RELAY_CYBERSCAN_TIMEOUT", time_out)]).await;
+    warned(&of("1s").await, Check::CyberScanLatency, "of 1s");
+    bad(&of("500ms").await, Check::CyberScanLatency, "the relay waits 500ms");
+    found(&of("10s").await, Check::CyberScanLatency, Severity::Ok, "");
 }
 
 #[tokio::test]

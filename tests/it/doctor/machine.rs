@@ -66,8 +66,10 @@ async fn settings_that_do_not_go_together_are_told() {
             ("RELAY_SERVER_IDLE_TIMEOUT", "30s"),
             ("RELAY_SERVER_SHUTDOWN_TIMEOUT", "5s"),
             ("RELAY_ADMIN_LISTEN", "0.0.0.0:0"),
+            ("RELAY_CACHE_MEMORY", "100000GiB"),
         ])
         .await;
+    bad(&report, Check::Memory, "MiB of memory");
     warned(&report, Check::RequestDeadline, "40s");
     warned(&report, Check::TimeOuts, "40s");
     warned(&report, Check::IdleTimeout, "30s");
