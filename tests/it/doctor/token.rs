@@ -45,6 +45,7 @@ async fn a_good_token_passes_every_check_and_its_key_is_tried() {
     assert_eq!(outcomes(&report, "passed").len(), 13, "{report:#}");
     assert_eq!(report["token"]["host"], json!(world.sandbox.cyberscan.host()));
     assert_eq!(report["token"]["api_key"], "(set)");
+    assert_eq!(report["token"].get("others"), None, "{report:#}");
     assert!(
         report["token"]["exp"].as_str().unwrap().starts_with("2100-01-01 00:00:00 UTC (in "),
         "{report:#}"
