@@ -373,10 +373,14 @@ pub(super) async fn cyberscan(
     };
     if let Some(reply) = egress.follow(&CYBERSCAN, host, question, &mut found).await {
         found.findings.push(is_cyberscan(host, &reply));
-        found.findings.push(latency(egress, settings.cyberscan.timeout, host).await);
-        if let Some(key) = key {
-            found.findings.push(accepts(egress, settings, host, key).await);
-        }
+        let accepts = async {
+            match key {
+                Some(key) => Some(accepts(egress, settings, host, key).await),
+                None => None,
+            }
+        };
+        let (latency, accepts) = tokio::join!(latency(egress, settings.cyberscan.timeout, host), accepts);
+        found.findings.extend([Some(latency), accepts].into_iter().flatten());
     }
     found
 }

@@ -103,6 +103,7 @@ checks! {
     PublicRedirect "public-redirect" "auth.audiences" "the public URL leads nowhere else",
     PublicAnswer "public-answer" "auth.audiences" "a relay answers at the public URL",
     PublicVersion "public-version" "" "the relay at the public URL is of this version",
+    PublicInstance "public-instance" "auth.audiences" "the public URL leads to the relay that runs here",
     ProxyHeaders "proxy-headers" "" "what is in between keeps headers",
     ProxyAuthorization "proxy-authorization" "" "what is in between keeps the Authorization header",
     ProxyHeaderLimit "proxy-header-limit" "" "what is in between lets tokens of 4 KiB through",

@@ -178,6 +178,14 @@ pub(super) async fn listeners(settings: &Settings, patience: Duration) -> Vec<Fi
     findings
 }
 
+/// How many tokens without the form of one the relay that runs here has refused so far; `None` where none runs.
+pub(super) async fn refusals(settings: &Settings, patience: Duration) -> Option<f64> {
+    let (_, metrics) = ask(settings.admin_listen?, "/metrics", patience).await.ok()?;
+    let metrics = std::str::from_utf8(&metrics).ok()?;
+    let value = |line: &str| line.strip_prefix("relay_auth_total{outcome=\"malformed\"} ")?.parse().ok();
+    metrics.lines().find_map(value)
+}
+
 fn ready(listen: SocketAddr, status: StatusCode, body: &Value) -> Finding {
     let (check, about) = (Check::Ready, listen.to_string());
     let degraded = body.get("redis").and_then(Value::as_str) == Some("degraded");

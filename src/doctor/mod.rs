@@ -161,9 +161,18 @@ async fn public(settings: &Settings, options: &Options, clock: Clock) -> Found {
     let config = public_url::unguarded(&settings.egress);
     let each =
         urls.iter().map(|(host, prefix)| public_url::examine(&config, options.patience, clock, host, prefix));
+    // What is asked beside the way itself must not take the time of what is asked on it.
+    let brief = options.patience / 4;
+    let before = machine::refusals(settings, brief).await;
     let mut found = Found { findings, skews: Vec::new() };
     for of in join_all(each).await {
         found.findings.extend(of.findings);
+    }
+    let arrive =
+        |finding: &Finding| finding.check == Check::ProxyAuthorization && finding.severity == Severity::Ok;
+    if let Some(before) = before.filter(|_| found.findings.iter().any(arrive)) {
+        let here = public_url::arrives_here(settings, options.patience, clock, &urls, before);
+        found.findings.extend(timeout(brief, here).await.ok());
     }
     found
 }

@@ -12,6 +12,7 @@ use url::Url;
 use super::{
     Check, Finding,
     egress::{Egress, Found, Question, Stages, is_page, redirect},
+    machine,
 };
 use crate::{
     auth::AuthError,
@@ -157,6 +158,39 @@ pub(super) async fn examine(
         found.findings.extend(version.into_iter().chain([authorization, long, large]));
     }
     found
+}
+
+/// Whether calls to `urls`, where a relay answers, arrive at the relay that runs here: it counts what it refuses, and
+/// had refused `before` when nothing had been sent.
+pub(super) async fn arrives_here(
+    settings: &Settings,
+    patience: Duration,
+    clock: Clock,
+    urls: &[(Host, String)],
+    before: f64,
+) -> Finding {
+    /// Connections to each URL, each of which a load balancer may lead to another replica.
+    const TRIES: usize = 8;
+    let check = Check::PublicInstance;
+    let config = unguarded(&settings.egress);
+    let rose = async || machine::refusals(settings, patience).await.is_some_and(|after| after > before);
+    for _ in 0..TRIES {
+        if rose().await {
+            return Finding::ok(check, "", "calls arrive at the relay that runs here");
+        }
+        for (host, prefix) in urls {
+            if let Ok(egress) = Egress::new(&config, patience, clock) {
+                let way = Way { egress: &egress, host, prefix, about: "" };
+                let _ = way.refusal("/health", "doctor", None).await;
+            }
+        }
+    }
+    Finding::warn(
+        check,
+        "",
+        "calls arrive at a relay, but not at the one that runs here",
+        "correct the URL, or where its proxy leads; nothing is wrong where several replicas stand behind it",
+    )
 }
 
 /// Whether the answer to a watchdog call is a relay's.

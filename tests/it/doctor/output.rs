@@ -69,6 +69,10 @@ async fn there_is_one_line_for_each_finding_and_no_colour_where_there_is_no_term
         script.env_clear().env("PATH", "/usr/bin:/bin").envs(world.environment(&[("NO_COLOR", no_colour)]));
         let line = format!("{} doctor", env!("CARGO_BIN_EXE_cyberscan-relay"));
         script.args(["--quiet", "--command", &line, "/dev/null"]);
+        assert!(
+            std::path::Path::new("/usr/bin/script").exists(),
+            "this test needs a terminal: install util-linux's script (apt-get install bsdutils)"
+        );
         said(script).await.out
     };
     assert!(on_a_terminal("").await.contains("\u{1b}[32mok  "));

@@ -94,6 +94,23 @@ async fn names_connections_and_certificates_of_the_public_url_are_told_apart() {
 }
 
 #[tokio::test]
+async fn a_url_that_leads_to_another_relay_than_the_one_that_runs_here_is_told() {
+    let world = World::start().await;
+    let authority = Authority::new("the public URL's CA");
+    world.believe(&authority.pem());
+    let (relay, other) =
+        (TestRelay::beside(&world.sandbox, &[]).await, TestRelay::beside(&world.sandbox, &[]).await);
+    let port = reverse(&authority, "localhost", relay.address, Way::Pass).await;
+    let url = format!("https://localhost:{port}");
+    let of = async |admin: std::net::SocketAddr| {
+        let admin = admin.to_string();
+        world.examine(&[("RELAY_AUTH_AUDIENCES", &url), ("RELAY_ADMIN_LISTEN", &admin)]).await
+    };
+    found(&of(relay.admin).await, Check::PublicInstance, Severity::Ok, "arrive at the relay that runs here");
+    warned(&of(other.admin).await, Check::PublicInstance, "not at the one that runs here");
+}
+
+#[tokio::test]
 async fn a_private_address_is_no_hindrance_to_the_relays_own_url() {
     let world = World::start().await;
     let authority = Authority::new("the public URL's CA");
