@@ -341,7 +341,7 @@ fn connect(proxy: &Url, target: &str) -> String {
     format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{authorization}\r\n")
 }
 
-/// Whether an answer is a page for people.
+/// Whether an answer is an HTML page.
 pub(super) fn is_page(reply: &Reply) -> bool {
     reply.body.trim_ascii_start().first() == Some(&b'<')
 }
@@ -413,7 +413,7 @@ fn is_cyberscan(host: &Host, reply: &Reply) -> Finding {
     let json = serde_json::from_slice::<Value>(&reply.body).is_ok_and(|body| body.is_object());
     match reply.status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !is_page(reply) => {
-            Finding::ok(check, about, format!("refuses a key that is none ({status}), as CyberScan does"))
+            Finding::ok(check, about, format!("rejects a made-up API key ({status}), as it should"))
         }
         StatusCode::TOO_MANY_REQUESTS => Finding::warn(
             check,
@@ -428,10 +428,10 @@ fn is_cyberscan(host: &Host, reply: &Reply) -> Finding {
             "try again later; tell CyberScan if it lasts",
         ),
         status_code if status_code.is_success() && json => {
-            Finding::warn(check, about, "takes a key that is none", "look whether this is CyberScan")
+            Finding::warn(check, about, "accepts a made-up API key", "look whether this is CyberScan")
         }
         _ => {
-            let what = if is_page(reply) { "a page for people" } else { "something else" };
+            let what = if is_page(reply) { "an HTML page" } else { "something else" };
             let state = format!("{what} answers (status {status}), not CyberScan's interface");
             let advice = "enter the host of CyberScan's API; look for a proxy or a login page in between";
             Finding::bad(check, about, state, advice)
@@ -513,7 +513,7 @@ pub(super) async fn issuer(egress: &Egress<'_>, address: &IssuerAddress) -> Foun
             None if is_page(&reply) => Finding::bad(
                 check,
                 name,
-                "answers with a page for people",
+                "answers with an HTML page",
                 "correct the name; look for a proxy or a login page in between",
             ),
             None => Finding::bad(check, name, "answers, but not with a key set", "correct the name"),

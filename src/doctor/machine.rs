@@ -134,10 +134,14 @@ fn exposure(settings: &Settings) -> Finding {
         None => Finding::warn(
             check,
             &about,
-            "others reach it, and there is no token",
+            "reachable from other machines, and there is no token",
             "keep it inside (admin.listen = 127.0.0.1:9091, or a firewall); set admin.token for purges",
         ),
-        Some(_) => Finding::ok(check, &about, "others reach it: figures are open, changes need the token"),
+        Some(_) => Finding::ok(
+            check,
+            &about,
+            "reachable from other machines: metrics are open, changes need the token",
+        ),
     }
 }
 
@@ -241,7 +245,7 @@ fn address(check: Check, listen: SocketAddr, what: Result<Option<String>, Nothin
                 Finding::bad(check, &about, state, advice)
             }
             _ => {
-                let state = "taken by something that is no relay, or by one that does not answer";
+                let state = "in use by something that is not a relay, or by a relay that does not answer";
                 Finding::bad(check, &about, state, format!("stop it, or set {setting} to another port"))
             }
         },

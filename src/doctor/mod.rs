@@ -183,7 +183,7 @@ fn clocks(skews: &[Skew]) -> Finding {
     let mut sorted: Vec<&Skew> = skews.iter().collect();
     sorted.sort_by(|one, other| one.seconds.total_cmp(&other.seconds));
     let Some(middle) = sorted.get(sorted.len() / 2) else {
-        let state = "not known: nobody who was called told the time";
+        let state = "not known: no peer answered with a date";
         return Finding::unknown(check, "", state, "see the findings about CyberScan and the key issuers");
     };
     let ahead = middle.seconds;

@@ -211,7 +211,7 @@ fn what_answers(about: &str, reply: &Reply, nonce: &str) -> Result<Finding, Find
         return if json {
             Ok(Finding::ok(Check::PublicAnswer, about, "leads to a relay"))
         } else {
-            let state = "leads to a relay, but the Content-Type of its answers is changed on the way";
+            let state = "leads to a relay, but a proxy in between changes the Content-Type of its answers";
             Ok(Finding::warn(Check::ProxyHeaders, about, state, "have the proxy pass answers on as they are"))
         };
     }
@@ -219,7 +219,7 @@ fn what_answers(about: &str, reply: &Reply, nonce: &str) -> Result<Finding, Find
         return Err(Finding::bad(
             Check::ProxyHeaders,
             about,
-            "leads to a relay, but the Health-Check header is lost on the way",
+            "leads to a relay, but a proxy in between strips the Health-Check header",
             "have the proxy pass request headers on as they are",
         ));
     }
@@ -252,11 +252,11 @@ fn what_answers(about: &str, reply: &Reply, nonce: &str) -> Result<Finding, Find
         401 | 403 | 407 => Finding::bad(
             check,
             about,
-            format!("something in front of the relay asks who is calling ({status})"),
+            format!("a proxy in front of the relay asks for credentials ({status})"),
             "exempt this URL: the platform brings nothing but its token",
         ),
         _ => {
-            let what = if is_page(reply) { "a page for people" } else { "something that is no relay" };
+            let what = if is_page(reply) { "an HTML page" } else { "something that is no relay" };
             let state = format!("{what} answers (status {status})");
             Finding::bad(check, about, state, "point the URL, or its proxy, at the relay")
         }
@@ -322,12 +322,13 @@ impl Way<'_> {
         if says(&reply, AuthError::Malformed) {
             Finding::ok(check, self.about, "arrives as it was sent")
         } else if says(&reply, AuthError::MissingHeader) {
-            Finding::bad(check, self.about, "the Authorization header is lost on the way", advice)
+            Finding::bad(check, self.about, "a proxy in between strips the Authorization header", advice)
         } else if says(&reply, AuthError::WrongScheme) {
-            Finding::bad(check, self.about, "another Authorization header arrives than was sent", advice)
+            Finding::bad(check, self.about, "a proxy in between replaces the Authorization header", advice)
         } else {
             let status = reply.status.as_u16();
-            let state = format!("something in between answers calls with a bearer itself (status {status})");
+            let state =
+                format!("a proxy in between answers calls with a bearer token itself (status {status})");
             Finding::bad(check, self.about, state, advice)
         }
     }

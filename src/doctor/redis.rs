@@ -70,7 +70,7 @@ const OWN_KEYS: [&str; 2] = ["relay:1:events", "relay:1:purged"];
 /// What there is to say about Redis.
 pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Clock) -> Vec<Finding> {
     let Some(config) = &settings.redis else {
-        let state = "none: each replica keeps to itself, and what is in memory ends with the process";
+        let state = "not set: each replica has its own cache and quotas, lost when it restarts";
         return vec![Finding::ok(Check::RedisUrl, "", state)];
     };
     let about = places(config);
@@ -155,7 +155,7 @@ fn plain(about: &str) -> Finding {
 }
 
 fn silent(about: &str, patience: Duration) -> Finding {
-    let state = format!("connected at most: no answer within {} s", patience.as_secs_f64());
+    let state = format!("no answer within {} s", patience.as_secs_f64());
     let advice = "look whether it is overloaded or frozen, or whether a firewall drops what comes back";
     Finding::bad(Check::RedisConnection, about, state, advice)
 }
@@ -256,10 +256,10 @@ fn password(config: &Config, about: &str) -> Finding {
     if config.urls.iter().any(Url::has_password) {
         Finding::ok(check, about, "accepts user and password")
     } else if config.urls.iter().all(Url::is_local) {
-        Finding::ok(check, about, "asks for none; it is on this machine")
+        Finding::ok(check, about, "no password required; it is on this machine")
     } else {
         let advice = "set a password there (ACL SETUSER, requirepass) and in redis.url";
-        Finding::warn(check, about, "takes anybody: no password is asked for", advice)
+        Finding::warn(check, about, "accepts anyone: no password is required", advice)
     }
 }
 
@@ -278,17 +278,17 @@ fn encryption(settings: &Settings, config: &Config, about: &str) -> Finding {
         (true, false, true) => Finding::bad(
             check,
             about,
-            "customers' findings go over the network and stand in Redis in clear",
+            "answers travel over the network and are stored in Redis unencrypted",
             "set redis.encryption_key (openssl rand -hex 32), or rediss://",
         ),
         (true, false, false) => Finding::warn(
             check,
             about,
-            "customers' findings stand in Redis in clear",
+            "answers are stored in Redis unencrypted",
             "set redis.encryption_key (openssl rand -hex 32) if others can read that Redis",
         ),
-        (true, true, _) => Finding::ok(check, about, "findings stand in clear, on this machine"),
-        (false, _, _) => Finding::ok(check, about, "findings are sealed"),
+        (true, true, _) => Finding::ok(check, about, "answers are stored unencrypted, on this machine"),
+        (false, _, _) => Finding::ok(check, about, "answers are sealed"),
     }
 }
 
@@ -434,14 +434,14 @@ impl Refused {
             Finding::bad(
                 Check::RedisCommands,
                 about,
-                format!("the user may not run {}", list(&self.commands)),
+                format!("the Redis user may not run {}", list(&self.commands)),
                 format!("ACL SETUSER <user> {}", rights.join(" ")),
             )
         } else if !self.unknown.is_empty() {
             Finding::bad(
                 Check::RedisCommands,
                 about,
-                format!("does not know {} as the relay uses it", list(&self.unknown)),
+                format!("lacks {}", list(&self.unknown)),
                 "use Redis 7 or later; look for rename-command in its configuration",
             )
         } else if let Some((name, code)) = self.others.first() {
@@ -456,7 +456,7 @@ impl Refused {
             Finding::bad(
                 Check::RedisKeys,
                 about,
-                format!("the user may not use the relay's keys ({})", list(&self.keys)),
+                format!("the Redis user may not use the relay's keys ({})", list(&self.keys)),
                 "ACL SETUSER <user> ~relay:*",
             )
         });
@@ -464,7 +464,7 @@ impl Refused {
             Some(error) if error.code() == Some("NOPERM") => findings.push(Finding::bad(
                 Check::RedisScripts,
                 about,
-                "the user may not run scripts",
+                "the Redis user may not run scripts",
                 "ACL SETUSER <user> +evalsha +script|load",
             )),
             Some(error) => findings.push(Finding::bad(
@@ -480,14 +480,14 @@ impl Refused {
         }
         if self.full {
             let advice = "raise maxmemory, and set maxmemory-policy volatile-lfu";
-            findings.push(Finding::bad(Check::RedisMemory, about, "full: writes are refused (OOM)", advice));
+            findings.push(Finding::bad(Check::RedisMemory, about, "full: writes are rejected (OOM)", advice));
         }
         if self.read_only {
             let advice = "point redis.url at the master, or set redis.mode to sentinel or cluster";
-            findings.push(Finding::bad(Check::RedisRole, about, "takes no writes (READONLY)", advice));
+            findings.push(Finding::bad(Check::RedisRole, about, "rejects writes (READONLY)", advice));
         }
         if self.unsaved {
-            let state = "writes are refused, because the last snapshot failed (MISCONF)";
+            let state = "writes are rejected, because the last snapshot failed (MISCONF)";
             let advice = "make room on Redis's disk, or CONFIG SET stop-writes-on-bgsave-error no";
             findings.push(Finding::bad(Check::RedisPersistence, about, state, advice));
         }
@@ -531,9 +531,9 @@ async fn node(about: &str, mode: Mode, link: &mut Link, settings: &Settings) -> 
     findings.extend(kind(about, mode, text("redis_mode").as_deref()));
     if text("role").as_deref() == Some("slave") && mode != Mode::Cluster {
         let advice = "point redis.url at the master, or set redis.mode to sentinel";
-        findings.push(Finding::bad(Check::RedisRole, about, "is a replica: it takes no writes", advice));
+        findings.push(Finding::bad(Check::RedisRole, about, "is a replica: it rejects writes", advice));
     } else {
-        findings.push(Finding::ok(Check::RedisRole, about, "takes writes"));
+        findings.push(Finding::ok(Check::RedisRole, about, "accepts writes"));
     }
     let (used, most) = (number("used_memory").unwrap_or(0), number("maxmemory"));
     findings.extend(most.map(|most| memory(about, used, most)));
@@ -611,10 +611,9 @@ fn eviction(about: &str, policy: &str, most: u64) -> Finding {
     let state = match policy {
         _ if policy.starts_with("volatile-") => return Finding::ok(check, about, policy),
         "noeviction" if most == 0 => return Finding::ok(check, about, "noeviction, and no limit of memory"),
-        "noeviction" => "noeviction: once it is full every write is refused, and replicas share nothing",
+        "noeviction" => "noeviction: once it is full every write is rejected, and replicas share nothing",
         _ if policy.starts_with("allkeys-") => {
-            let state =
-                format!("{policy}: quotas and purges are dropped like answers, and calls are made twice");
+            let state = format!("{policy}: quotas and purges can be evicted, and calls are then made twice");
             return if most == 0 {
                 Finding::warn(check, about, state, advice)
             } else {
@@ -645,7 +644,7 @@ async fn persistence(about: &str, info: &InfoDict, link: &mut Link, settings: &S
         Some(false) => Finding::bad(
             check,
             about,
-            "none, and a quota of a day or longer is set: a restart of Redis forgets what was called",
+            "none, and a quota of a day or longer is set: a restart of Redis loses the count of calls",
             advice,
         ),
         None => Finding::unknown(

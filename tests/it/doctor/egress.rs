@@ -40,7 +40,7 @@ async fn where_all_is_well_every_stage_says_so() {
 }
 
 #[tokio::test]
-async fn names_addresses_and_connections_that_fail_are_told_apart() {
+async fn dns_guard_and_connection_failures_are_distinguished() {
     let world = World::start().await;
     let report = world
         .examine(&[
@@ -51,7 +51,7 @@ async fn names_addresses_and_connections_that_fail_are_told_apart() {
     bad(&report, Check::CyberScanName, "does not resolve");
     bad(&report, Check::IssuerName, "does not resolve");
     assert!(all(&report, Check::CyberScanTls).is_empty(), "nothing more can be said of it");
-    found(&report, Check::Clock, Severity::Unknown, "nobody");
+    found(&report, Check::Clock, Severity::Unknown, "no peer");
 
     let report = world.examine(&[("RELAY_EGRESS_ALLOW_CIDRS", "")]).await;
     bad(&report, Check::CyberScanAddress, "no public address");
@@ -66,7 +66,7 @@ async fn names_addresses_and_connections_that_fail_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_port_without_tls_and_times_that_are_too_short_are_told() {
+async fn a_port_without_tls_and_too_short_time_outs_are_reported() {
     let world = World::start().await;
     let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let host = format!("localhost:{}", plain.local_addr().unwrap().port());
@@ -89,7 +89,7 @@ async fn a_port_without_tls_and_times_that_are_too_short_are_told() {
 }
 
 #[tokio::test]
-async fn certificates_are_refused_with_their_reason() {
+async fn an_untrusted_certificate_is_reported_with_its_reason() {
     let world = World::start().await;
     let (authority, stranger) = (Authority::new("test CA"), Authority::new("nobody's CA"));
     world.believe(&authority.pem());
@@ -108,15 +108,15 @@ async fn certificates_are_refused_with_their_reason() {
 }
 
 #[tokio::test]
-async fn what_answers_in_place_of_cyberscan_is_told() {
+async fn an_answer_that_is_not_cyberscans_is_reported() {
     let world = World::start().await;
     let status = |code| Behaviour::Status { code, retry_after: None, body: "{}".to_owned() };
     let page = |code| Behaviour::Status { code, retry_after: None, body: "<html>Sign in</html>".to_owned() };
     let redirect = Behaviour::Redirect { location: "https://login.example/secret?x=1".to_owned(), code: 302 };
     for (behaviour, words) in [
         (status(503), "status 503"),
-        (page(404), "a page for people answers (status 404)"),
-        (page(403), "a page for people answers (status 403)"),
+        (page(404), "an HTML page answers (status 404)"),
+        (page(403), "an HTML page answers (status 403)"),
         (status(404), "something else answers"),
         (redirect, "redirects (302) to https://login.example;"),
         (Behaviour::TruncateBody, "breaks off"),
@@ -132,11 +132,11 @@ async fn what_answers_in_place_of_cyberscan_is_told() {
     warned(&world.examine(&[]).await, Check::CyberScanAnswer, "throttles");
     world.sandbox.cyberscan.clear_script();
     world.sandbox.cyberscan.script(Rule::any().does(status(200)));
-    warned(&world.examine(&[]).await, Check::CyberScanAnswer, "takes a key that is none");
+    warned(&world.examine(&[]).await, Check::CyberScanAnswer, "accepts a made-up API key");
 }
 
 #[tokio::test]
-async fn who_never_answers_is_a_finding_and_holds_nobody_up() {
+async fn a_peer_that_never_answers_is_a_finding_and_delays_nothing_else() {
     let world = World::start().await;
     world.sandbox.cyberscan.script(Rule::any().does(Behaviour::Hang));
     world.sandbox.issuer.respond_with(IssuerBehaviour::Hang);
@@ -163,14 +163,14 @@ async fn who_never_answers_is_a_finding_and_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn what_answers_in_place_of_key_issuers_is_told() {
+async fn an_answer_that_is_no_key_set_is_reported() {
     let world = World::start().await;
     let issuer = &world.sandbox.issuer;
     for (behaviour, words) in [
         (IssuerBehaviour::Status(404), "status 404"),
         (IssuerBehaviour::Status(503), "status 503"),
         (IssuerBehaviour::Redirect("https://login.example/".to_owned()), "redirects (302)"),
-        (IssuerBehaviour::Body("<html>".to_owned()), "a page for people"),
+        (IssuerBehaviour::Body("<html>".to_owned()), "an HTML page"),
         (IssuerBehaviour::Body("{}".to_owned()), "not with a key set"),
         (
             IssuerBehaviour::Body("{\"keys\":[{\"kid\":\"a\",\"kty\":\"EC\"}]}".to_owned()),
@@ -190,7 +190,7 @@ async fn what_answers_in_place_of_key_issuers_is_told() {
 }
 
 #[tokio::test]
-async fn a_key_is_tried_where_one_is_given_and_only_where_it_belongs() {
+async fn an_api_key_is_sent_to_one_host_only() {
     let world = World::start().await;
     let with_key = |key: &str| Options { api_key: Some(ApiKey::new(key.to_owned())), ..impatient() };
     let report = world.examine_with(&[], with_key("sandbox-key")).await;
@@ -225,7 +225,7 @@ async fn the_host_to_try_has_to_be_allowed_and_to_be_known() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_lets_nothing_through_is_told_from_one_that_is_not_there() {
+async fn every_way_an_egress_proxy_fails_is_distinguished() {
     let world = World::start().await;
     let of = async |how: Forward, userinfo: &str| {
         let proxy = format!("http://{userinfo}{}", forward(how).await);
@@ -256,6 +256,6 @@ async fn a_login_page_in_between_is_not_taken_for_cyberscan_nor_for_a_key_issuer
     let port = reverse(&authority, "localhost", nobody, Way::Answer(200, "<html>Sign in")).await;
     let host = format!("localhost:{port}");
     let report = world.examine(&[("RELAY_CYBERSCAN_HOSTS", &host), ("RELAY_AUTH_JWKS_HOSTS", &host)]).await;
-    bad(&report, Check::CyberScanAnswer, "a page for people answers (status 200)");
-    bad(&report, Check::IssuerKeys, "a page for people");
+    bad(&report, Check::CyberScanAnswer, "an HTML page answers (status 200)");
+    bad(&report, Check::IssuerKeys, "an HTML page");
 }

@@ -31,7 +31,7 @@ pub(super) enum Way {
     OfVersion(&'static str),
     /// It answers itself.
     Answer(u16, &'static str),
-    /// It answers calls with a bearer itself.
+    /// It answers calls with a bearer token itself.
     AnswerBearers(u16, &'static str),
     /// It redirects.
     Redirect(&'static str),

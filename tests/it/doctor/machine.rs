@@ -13,7 +13,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn files_with_secrets_that_others_can_read_are_told() {
+async fn files_with_secrets_that_others_can_read_are_reported() {
     let world = World::start().await;
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str, mode| {
@@ -45,7 +45,7 @@ async fn files_with_secrets_that_others_can_read_are_told() {
 }
 
 #[tokio::test]
-async fn a_certificate_file_that_cannot_be_used_is_told_and_the_rest_is_examined() {
+async fn a_certificate_file_that_cannot_be_used_is_reported_and_the_rest_is_examined() {
     let world = World::start().await;
     let report = world.examine(&[("RELAY_EGRESS_EXTRA_CA_FILE", "/nonexistent/ca.pem")]).await;
     bad(&report, Check::CaFile, "cannot be read");
@@ -57,7 +57,7 @@ async fn a_certificate_file_that_cannot_be_used_is_told_and_the_rest_is_examined
 }
 
 #[tokio::test]
-async fn settings_that_do_not_go_together_are_told() {
+async fn settings_that_do_not_go_together_are_reported() {
     let world = World::start().await;
     let report = world
         .examine(&[
@@ -84,7 +84,7 @@ async fn settings_that_do_not_go_together_are_told() {
 }
 
 #[tokio::test]
-async fn addresses_that_are_taken_or_are_not_ours_are_told() {
+async fn addresses_that_are_taken_or_are_not_ours_are_reported() {
     let world = World::start().await;
     let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = other.local_addr().unwrap().to_string();
@@ -97,8 +97,8 @@ async fn addresses_that_are_taken_or_are_not_ours_are_told() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let silent_address = silent.local_addr().unwrap().to_string();
     let report = world.examine(&[("RELAY_LISTEN", &address), ("RELAY_ADMIN_LISTEN", &silent_address)]).await;
-    bad(&report, Check::Listen, "taken by something that is no relay");
-    bad(&report, Check::AdminListen, "taken by something that is no relay");
+    bad(&report, Check::Listen, "in use by something that is not a relay");
+    bad(&report, Check::AdminListen, "in use by something that is not a relay");
     let report =
         world.examine(&[("RELAY_LISTEN", "192.0.2.1:9090"), ("RELAY_ADMIN_LISTEN", "192.0.2.1:9091")]).await;
     bad(&report, Check::Listen, "cannot listen there");
@@ -141,7 +141,7 @@ async fn a_relay_that_runs_is_recognised_and_asked_how_it_is() {
 }
 
 #[tokio::test]
-async fn too_few_open_files_are_told() {
+async fn too_few_open_files_are_reported() {
     let world = World::start().await;
     let mut shell = Command::new("/bin/sh");
     shell.env_clear().envs(world.environment(&[]));
@@ -154,7 +154,7 @@ async fn too_few_open_files_are_told() {
 }
 
 #[tokio::test]
-async fn a_clock_that_is_off_is_told_against_all_who_tell_the_time() {
+async fn a_wrong_clock_is_reported_by_how_much() {
     let world = World::start().await;
     let redis = RedisServer::process(&[]).await;
     let directory = tempfile::tempdir().unwrap();

@@ -44,15 +44,15 @@ async fn a_url_that_leads_back_is_well_in_all_its_parts() {
 }
 
 #[tokio::test]
-async fn a_url_that_does_not_lead_back_is_told_with_what_stands_there() {
+async fn a_public_url_that_does_not_lead_back_is_reported_with_what_answers() {
     for (way, check, words) in [
-        (Way::Answer(200, "<html>Welcome"), Check::PublicAnswer, "a page for people answers (status 200)"),
+        (Way::Answer(200, "<html>Welcome"), Check::PublicAnswer, "an HTML page answers (status 200)"),
         (Way::Answer(200, "{\"data\":\"hello\"}"), Check::PublicAnswer, "no relay answers (status 200)"),
         (Way::Answer(502, "<html>Bad Gateway"), Check::PublicAnswer, "does not reach the relay"),
         (Way::Answer(503, ""), Check::PublicAnswer, "does not reach the relay"),
         (Way::Answer(400, ""), Check::PublicAnswer, "refused as HTTP"),
         (Way::Answer(400, "<html>plain HTTP to HTTPS port"), Check::PublicAnswer, "a proxy refuses"),
-        (Way::Answer(401, ""), Check::PublicAnswer, "asks who is calling (401)"),
+        (Way::Answer(401, ""), Check::PublicAnswer, "asks for credentials (401)"),
         (
             Way::Redirect("https://login.example/?next=secret"),
             Check::PublicRedirect,
@@ -69,12 +69,16 @@ async fn a_url_that_does_not_lead_back_is_told_with_what_stands_there() {
 }
 
 #[tokio::test]
-async fn what_is_changed_on_the_way_is_told() {
-    bad(&behind(Way::Without("authorization")).await, Check::ProxyAuthorization, "lost on the way");
-    bad(&behind(Way::Authorized("Basic eDp5")).await, Check::ProxyAuthorization, "another Authorization");
+async fn whatever_a_proxy_in_front_changes_is_reported() {
+    bad(&behind(Way::Without("authorization")).await, Check::ProxyAuthorization, "strips");
+    bad(&behind(Way::Authorized("Basic eDp5")).await, Check::ProxyAuthorization, "replaces");
     let login = Way::AnswerBearers(403, "<html>");
-    bad(&behind(login).await, Check::ProxyAuthorization, "answers calls with a bearer itself (status 403)");
-    bad(&behind(Way::Without("health-check")).await, Check::ProxyHeaders, "Health-Check header is lost");
+    bad(
+        &behind(login).await,
+        Check::ProxyAuthorization,
+        "answers calls with a bearer token itself (status 403)",
+    );
+    bad(&behind(Way::Without("health-check")).await, Check::ProxyHeaders, "strips the Health-Check");
     warned(&behind(Way::AsHtml).await, Check::ProxyHeaders, "Content-Type");
     warned(&behind(Way::OfVersion("0.0.9")).await, Check::PublicVersion, "version 0.0.9");
     warned(&behind(Way::MostBody(100_000)).await, Check::ProxyBodyLimit, "status 413");
@@ -82,7 +86,7 @@ async fn what_is_changed_on_the_way_is_told() {
 }
 
 #[tokio::test]
-async fn names_connections_and_certificates_of_the_public_url_are_told_apart() {
+async fn dns_connection_and_tls_failures_of_the_public_url_are_distinguished() {
     let world = World::start().await;
     let at = async |url: &str| world.examine(&[("RELAY_AUTH_AUDIENCES", url)]).await;
     bad(&at("https://relay.invalid").await, Check::PublicName, "does not resolve");
@@ -94,7 +98,7 @@ async fn names_connections_and_certificates_of_the_public_url_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_url_that_leads_to_another_relay_than_the_one_that_runs_here_is_told() {
+async fn a_url_that_leads_to_another_relay_than_the_one_that_runs_here_is_reported() {
     let world = World::start().await;
     let authority = Authority::new("the public URL's CA");
     world.believe(&authority.pem());
@@ -127,7 +131,7 @@ async fn a_private_address_is_no_hindrance_to_the_relays_own_url() {
 }
 
 #[tokio::test]
-async fn audiences_that_cannot_be_right_are_told() {
+async fn audiences_that_cannot_be_right_are_reported() {
     let world = World::start().await;
     let of = async |settings: &[(&str, &str)]| world.examine(settings).await;
     let report = of(&[("RELAY_AUTH_AUDIENCES", "")]).await;

@@ -60,7 +60,7 @@ async fn the_rights_that_are_recommended_are_enough_and_none_is_left_behind() {
 }
 
 #[tokio::test]
-async fn a_user_without_the_rights_is_told_what_is_missing() {
+async fn missing_acl_rights_are_named() {
     let redis = RedisServer::process(&[]).await;
     let url = format!("redis://relay:secret@127.0.0.1:{}", redis.port());
     let of = async |rights: &[&str]| {
@@ -88,7 +88,7 @@ async fn a_user_without_the_rights_is_told_what_is_missing() {
 }
 
 #[tokio::test]
-async fn memory_and_what_is_dropped_when_it_is_full_are_looked_at() {
+async fn memory_limits_and_eviction_policies_are_judged() {
     let redis = RedisServer::process(&[]).await;
     let of = async |memory: &str, policy: &str| {
         let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", memory, "maxmemory-policy", policy]).await;
@@ -101,7 +101,7 @@ async fn memory_and_what_is_dropped_when_it_is_full_are_looked_at() {
     bad(&of("64mb", "allkeys-lfu").await, Check::RedisEviction, "allkeys-lfu: quotas and purges");
     bad(&of("64mb", "allkeys-random").await, Check::RedisEviction, "allkeys-random");
     let report = of("64mb", "noeviction").await;
-    warned(&report, Check::RedisEviction, "every write is refused");
+    warned(&report, Check::RedisEviction, "every write is rejected");
     found(&report, Check::RedisMemory, Severity::Ok, "of 64.0 MiB");
     found(&of("64mb", "volatile-ttl").await, Check::RedisEviction, Severity::Ok, "");
     warned(&of("8mb", "volatile-lfu").await, Check::RedisMemory, "of 8.0 MiB");
@@ -109,12 +109,12 @@ async fn memory_and_what_is_dropped_when_it_is_full_are_looked_at() {
 }
 
 #[tokio::test]
-async fn quotas_of_a_day_want_a_redis_that_remembers() {
+async fn a_daily_quota_without_persistence_is_reported() {
     let redis = RedisServer::process(&["--enable-protected-configs", "yes"]).await;
     let of = async |quota: &str, on: &str| with(&redis.url(), &[(on, quota)]).await;
     for on in ["RELAY_LIMITER_TENANT", "RELAY_LIMITER_FLEET"] {
         let finding = of("10/s,5000/d", on).await;
-        let finding = bad(&finding, Check::RedisPersistence, "forgets what was called");
+        let finding = bad(&finding, Check::RedisPersistence, "loses the count of calls");
         assert_eq!(finding.setting, "limiter.tenant");
         found(&of("10/s,500/h", on).await, Check::RedisPersistence, Severity::Ok, "not needed");
     }
@@ -142,7 +142,7 @@ async fn quotas_of_a_day_want_a_redis_that_remembers() {
 }
 
 #[tokio::test]
-async fn a_replica_is_told() {
+async fn a_replica_is_reported() {
     let master = RedisServer::process(&[]).await;
     let replica = RedisServer::process(&[]).await;
     let _: String = replica.ask(&["REPLICAOF", "127.0.0.1", &master.port().to_string()]).await;
@@ -159,7 +159,7 @@ async fn a_replica_is_told() {
 }
 
 #[tokio::test]
-async fn a_redis_that_is_something_else_than_the_mode_says_is_told() {
+async fn a_redis_that_does_not_fit_redis_mode_is_reported() {
     let single = RedisServer::process(&[]).await;
     let sentinel = RedisServer::sentinel("mymaster", single.port()).await;
     let cluster = RedisServer::cluster().await;
@@ -182,7 +182,7 @@ async fn a_redis_that_is_something_else_than_the_mode_says_is_told() {
 }
 
 #[tokio::test]
-async fn a_redis_that_is_not_reached_is_told_with_how() {
+async fn an_unreachable_redis_is_reported_with_the_cause() {
     let mut redis = RedisServer::process(&[]).await;
     redis.freeze();
     let started = Instant::now();
@@ -221,7 +221,7 @@ async fn encrypted(name: &str) -> (RedisServer, String, String) {
 }
 
 #[tokio::test]
-async fn a_redis_whose_certificate_is_not_believed_is_told_and_so_is_one_without_tls() {
+async fn a_redis_whose_certificate_is_not_believed_is_reported_and_so_is_one_without_tls() {
     let (redis, url, certificate) = encrypted("localhost").await;
     bad(&with(&url, &[]).await, Check::RedisTls, "authority is unknown");
     let plain = redis.url().replace("redis://", "rediss://");
@@ -242,7 +242,7 @@ async fn a_redis_whose_certificate_is_not_believed_is_told_and_so_is_one_without
 }
 
 #[tokio::test]
-async fn a_redis_that_answers_late_is_told() {
+async fn a_redis_that_answers_late_is_reported() {
     let redis = RedisServer::process(&[]).await;
     let proxy = Proxy::to(&redis).await;
     let of = async |delay: u64| {
@@ -292,22 +292,22 @@ async fn of_version(version: &'static str) -> String {
 }
 
 #[tokio::test]
-async fn an_old_version_is_told() {
+async fn an_old_version_is_reported() {
     bad(&with(&of_version("6.2.14").await, &[]).await, Check::RedisVersion, "version 6.2.14");
     found(&with(&of_version("8.0.1").await, &[]).await, Check::RedisVersion, Severity::Ok, "");
     let odd = with(&of_version("next").await, &[]).await;
     found(&odd, Check::RedisVersion, Severity::Unknown, "does not tell");
     let redis = RedisServer::process(&["--rename-command", "HRANDFIELD", ""]).await;
-    bad(&with(&redis.url(), &[]).await, Check::RedisCommands, "does not know HRANDFIELD");
+    bad(&with(&redis.url(), &[]).await, Check::RedisCommands, "lacks HRANDFIELD");
 }
 
 #[tokio::test]
-async fn findings_that_others_could_read_are_told() {
+async fn unencrypted_answers_are_reported() {
     const KEY: &str = "c0ffee00c0ffee11c0ffee22c0ffee33c0ffee44c0ffee55c0ffee66c0ffee77";
     let of = async |url: &str, key: &str| with(url, &[("RELAY_REDIS_ENCRYPTION_KEY", key)]).await;
     let (clear, sealed) = ("redis://redis.invalid", "rediss://redis.invalid");
-    bad(&of(clear, "").await, Check::RedisEncryption, "in clear");
-    warned(&of(sealed, "").await, Check::RedisEncryption, "stand in Redis in clear");
+    bad(&of(clear, "").await, Check::RedisEncryption, "unencrypted");
+    warned(&of(sealed, "").await, Check::RedisEncryption, "stored in Redis unencrypted");
     found(&of(clear, KEY).await, Check::RedisEncryption, Severity::Ok, "sealed");
     found(&of("redis://127.0.0.1:1", "").await, Check::RedisEncryption, Severity::Ok, "on this machine");
     bad(&of(clear, &"00".repeat(32)).await, Check::RedisEncryption, "one byte");

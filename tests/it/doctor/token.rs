@@ -59,7 +59,7 @@ async fn a_good_token_passes_every_check_and_its_key_is_tried() {
 }
 
 #[tokio::test]
-async fn every_fault_of_a_token_is_told_and_the_first_decides_what_is_answered() {
+async fn every_fault_of_a_token_is_reported_and_the_first_decides_what_is_answered() {
     let world = World::start().await;
     let faults = [
         ("aud", json!("https://other.example")),
@@ -103,7 +103,7 @@ async fn an_audience_that_depends_on_the_request_cannot_be_told() {
 }
 
 #[tokio::test]
-async fn what_is_no_token_is_told_in_words_that_a_terminal_does_not_obey() {
+async fn a_malformed_token_is_explained_without_control_characters() {
     let world = World::start().await;
     for text in ["", "hello", "a.b.c", "Bearer a b", "Basic x", "a\nb", "ey.\u{1b}[2J.x"] {
         let file = tempfile::NamedTempFile::new().unwrap();
