@@ -17,6 +17,9 @@ use crate::{
     tenant::{ApiKey, RefusedHost, Tenant},
 };
 
+/// How far clocks may differ, in seconds.
+pub(crate) const CLOCKS_MAY_DIFFER: f64 = LEEWAY;
+
 /// The checks, in the order in which they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenCheck {

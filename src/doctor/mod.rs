@@ -32,6 +32,7 @@ pub use report::Report;
 pub use token::{TokenReport, explain as explain_token};
 
 use crate::{
+    auth::explain::CLOCKS_MAY_DIFFER,
     clock::Clock,
     settings::{self, Faults, Settings},
     tenant::ApiKey,
@@ -42,8 +43,6 @@ use egress::{Egress, Found, Skew};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long everything may take. What is examined side by side has ended long before.
 const WHOLE: Duration = Duration::from_secs(20);
-/// Tokens are refused when clocks differ by more than this.
-const LEEWAY: f64 = 300.0;
 /// From here on a clock that is off is worth a line.
 const SKEW: f64 = 30.0;
 /// The most bytes of a file with a key or a token.
@@ -190,7 +189,7 @@ fn clocks(skews: &[Skew]) -> Finding {
     let direction = if ahead > 0.0 { "ahead of" } else { "behind" };
     let state = format!("{:.0} s {direction} that of {}", ahead.abs(), middle.of);
     let advice = "have this machine follow a time server (chrony, systemd-timesyncd)";
-    if ahead.abs() > LEEWAY {
+    if ahead.abs() > CLOCKS_MAY_DIFFER {
         Finding::bad(check, "", state + "; tokens with times are refused", advice)
     } else if ahead.abs() > SKEW {
         Finding::warn(check, "", state, advice)

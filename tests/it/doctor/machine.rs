@@ -45,42 +45,58 @@ async fn files_with_secrets_that_others_can_read_are_reported() {
 }
 
 #[tokio::test]
-async fn a_certificate_file_that_cannot_be_used_is_reported_and_the_rest_is_examined() {
+async fn a_certificate_file_that_cannot_be_used_is_reported() {
     let world = World::start().await;
-    let report = world.examine(&[("RELAY_EGRESS_EXTRA_CA_FILE", "/nonexistent/ca.pem")]).await;
-    bad(&report, Check::CaFile, "cannot be read");
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    for (file, words) in
+        [("/nonexistent/ca.pem", "cannot be read"), (empty.path().to_str().unwrap(), "no certificate in it")]
+    {
+        let key = "egress.extra_ca_file";
+        let expected = (Check::CaFile, Severity::Bad, words);
+        world.reports(&[("RELAY_EGRESS_EXTRA_CA_FILE", file)], key, expected).await;
+    }
+    // One that was there when the settings were read.
+    let settings = world.settings(&[]);
+    std::fs::write(world.ca.path(), "").unwrap();
+    let report = cyberscan_relay::doctor::examine(&settings, &impatient()).await;
+    bad(&report, Check::CaFile, "no certificate in it");
     found(&report, Check::CyberScanTls, Severity::Unknown, "not tried");
     found(&report, Check::RedisUrl, Severity::Ok, "");
-    let empty = tempfile::NamedTempFile::new().unwrap();
-    let report = world.examine(&[("RELAY_EGRESS_EXTRA_CA_FILE", empty.path().to_str().unwrap())]).await;
-    bad(&report, Check::CaFile, "no certificate in it");
 }
 
 #[tokio::test]
 async fn settings_that_do_not_go_together_are_reported() {
     let world = World::start().await;
-    let report = world
-        .examine(&[
-            ("RELAY_REQUEST_DEADLINE", "40s"),
-            ("RELAY_CYBERSCAN_TIMEOUT", "40s"),
-            ("RELAY_SERVER_IDLE_TIMEOUT", "30s"),
-            ("RELAY_SERVER_SHUTDOWN_TIMEOUT", "5s"),
-            ("RELAY_ADMIN_LISTEN", "0.0.0.0:0"),
-            ("RELAY_CACHE_MEMORY", "100000GiB"),
-        ])
-        .await;
-    bad(&report, Check::Memory, "MiB of memory");
-    warned(&report, Check::RequestDeadline, "40s");
-    warned(&report, Check::TimeOuts, "40s");
-    warned(&report, Check::IdleTimeout, "30s");
-    warned(&report, Check::ShutdownTimeout, "5s");
-    warned(&report, Check::AdminExposure, "there is no token");
-    let report = world.examine(&[("RELAY_CACHE_FILL_TIMEOUT", "5s"), ("RELAY_ADMIN_TOKEN", "short")]).await;
-    warned(&report, Check::TimeOuts, "a fetch is given up");
-    warned(&report, Check::AdminExposure, "guessed");
-    let token = ("RELAY_ADMIN_TOKEN", "0123456789abcdef0123456789abcdef");
-    let report = world.examine(&[("RELAY_ADMIN_LISTEN", "0.0.0.0:0"), token]).await;
-    found(&report, Check::AdminExposure, Severity::Ok, "changes need the token");
+    let (warn, bad) = (Severity::Warn, Severity::Bad);
+    for (changes, key, expected) in [
+        (&[("RELAY_REQUEST_DEADLINE", "40s")][..], "request.deadline", (Check::RequestDeadline, warn, "40s")),
+        (&[("RELAY_CYBERSCAN_TIMEOUT", "20s")], "cyberscan.timeout", (Check::TimeOuts, warn, "20s")),
+        (
+            &[("RELAY_CACHE_FILL_TIMEOUT", "5s")],
+            "cache.fill_timeout",
+            (Check::TimeOuts, warn, "a fetch is given up"),
+        ),
+        (&[("RELAY_SERVER_IDLE_TIMEOUT", "30s")], "server.idle_timeout", (Check::IdleTimeout, warn, "30s")),
+        (
+            &[("RELAY_SERVER_SHUTDOWN_TIMEOUT", "5s")],
+            "server.shutdown_timeout",
+            (Check::ShutdownTimeout, warn, "5s"),
+        ),
+        (
+            &[("RELAY_ADMIN_LISTEN", "0.0.0.0:0")],
+            "admin.listen",
+            (Check::AdminExposure, warn, "there is no token"),
+        ),
+        (&[("RELAY_ADMIN_TOKEN", "short")], "admin.token", (Check::AdminExposure, warn, "guessed")),
+        (
+            &[("RELAY_ADMIN_LISTEN", "0.0.0.0:0"), ("RELAY_ADMIN_TOKEN", "0123456789abcdef0123456789abcdef")],
+            "admin.listen",
+            (Check::AdminExposure, Severity::Ok, "changes need the token"),
+        ),
+        (&[("RELAY_CACHE_MEMORY", "100000GiB")], "cache.memory", (Check::Memory, bad, "MiB of memory")),
+    ] {
+        world.reports(changes, key, expected).await;
+    }
 }
 
 #[tokio::test]

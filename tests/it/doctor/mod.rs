@@ -54,6 +54,22 @@ impl World {
         Settings::load(None, self.environment(changes)).unwrap()
     }
 
+    /// What only looks odd may be a finding, or refused already when the settings are read; it is reported either way.
+    async fn reports(
+        &self,
+        changes: &[(&str, &str)],
+        key: &str,
+        (check, severity, words): (Check, Severity, &str),
+    ) {
+        match Settings::load(None, self.environment(changes)) {
+            Ok(settings) => {
+                let report = doctor::examine(&settings, &impatient()).await;
+                found(&report, check, severity, words);
+            }
+            Err(faults) => assert!(faults.0.iter().any(|fault| fault.key == key), "{key}: {faults}"),
+        }
+    }
+
     async fn examine(&self, changes: &[(&str, &str)]) -> Report {
         self.examine_with(changes, impatient()).await
     }

@@ -140,7 +140,13 @@ async fn audiences_that_cannot_be_right_are_reported() {
         of(&[("RELAY_AUTH_AUDIENCES", ""), ("RELAY_AUTH_TRUSTED_PROXIES", "10.0.0.0/8,0.0.0.0/0")]).await;
     warned(&report, Check::Audiences, "derived");
     warned(&report, Check::TrustedProxies, "everybody");
-    for url in ["http://relay.example.com", "relay.example.com", "https://relay.example.com/?x"] {
-        bad(&of(&[("RELAY_AUTH_AUDIENCES", url)]).await, Check::AudienceForm, "");
+    for (url, severity, words) in [
+        ("http://relay.example.com", Severity::Bad, "not https"),
+        ("relay.example.com", Severity::Bad, "no URL"),
+        ("\"https://relay.example.com\"", Severity::Bad, "no URL"),
+        ("https://relay.example.com/?x", Severity::Bad, "more than a host and a path"),
+    ] {
+        let expected = (Check::AudienceForm, severity, words);
+        world.reports(&[("RELAY_AUTH_AUDIENCES", url)], "auth.audiences", expected).await;
     }
 }

@@ -20,7 +20,7 @@ async fn with(url: &str, more: &[(&str, &str)]) -> Report {
     let own = [
         ("RELAY_REDIS_URL", url),
         ("RELAY_CYBERSCAN_HOSTS", "*"),
-        ("RELAY_AUTH_JWKS_HOSTS", ""),
+        ("RELAY_AUTH_JWKS_HOSTS", "127.0.0.1:1"),
         ("RELAY_REDIS_TIMEOUT", "450ms"),
     ];
     let own = own.into_iter().filter(|(name, _)| !more.iter().any(|(given, _)| given == name));
@@ -310,5 +310,8 @@ async fn unencrypted_answers_are_reported() {
     warned(&of(sealed, "").await, Check::RedisEncryption, "stored in Redis unencrypted");
     found(&of(clear, KEY).await, Check::RedisEncryption, Severity::Ok, "sealed");
     found(&of("redis://127.0.0.1:1", "").await, Check::RedisEncryption, Severity::Ok, "on this machine");
-    bad(&of(clear, &"00".repeat(32)).await, Check::RedisEncryption, "one byte");
+    let guessed = "00".repeat(32);
+    let changes = [("RELAY_REDIS_URL", clear), ("RELAY_REDIS_ENCRYPTION_KEY", guessed.as_str())];
+    let expected = (Check::RedisEncryption, Severity::Bad, "one byte");
+    World::start().await.reports(&changes, "redis.encryption_key", expected).await;
 }
