@@ -63,6 +63,11 @@ async fn there_is_one_line_for_each_finding_and_no_colour_where_there_is_no_term
         let id = finding["id"].as_str().unwrap();
         assert!(text.contains(id), "{id} is not in\n{text}");
     }
+    let documentation = include_str!("../../../docs/doctor.md");
+    for member in report.as_object().unwrap().keys().chain(report["findings"][0].as_object().unwrap().keys())
+    {
+        assert!(documentation.contains(&format!("`{member}")), "{member} is not documented");
+    }
     // `script` gives it a terminal.
     let on_a_terminal = async |no_colour: &str| {
         let mut script = tokio::process::Command::new("script");
