@@ -178,7 +178,7 @@ impl Claims {
 }
 
 /// `text` without the blanks and line breaks around it, invisible ones of web pages and spreadsheets among them.
-fn pasted(text: &str) -> &str {
+pub(super) fn pasted(text: &str) -> &str {
     let invisible =
         |c: char| matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}' | '\u{feff}');
     text.trim_matches(|c: char| c.is_whitespace() || invisible(c))
