@@ -27,6 +27,7 @@ pub mod settings;
 pub mod admin;
 pub mod app;
 pub mod probe;
+pub mod module_type;
 pub mod demo;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -1,8 +1,8 @@
-//! Owns a world to run the relay in: a fake CyberScan and a fake key issuer, both over HTTPS, in this process.
+//! Owns a world to run the relay in: a fake CyberScan, and a fake platform that is its own key issuer, both over HTTPS, in this process.
 //! Must not know the relay: it speaks to it only through sockets, and no module but the demo, tests and benches uses it.
 //!
-//! Reading order: `cyberscan` (API, scripts, records of calls), `issuer` (JWKS and tokens), `data` (what CyberScan knows),
-//! `tls` (certificates and the listener both share).
+//! Reading order: `cyberscan` (API, scripts, records of calls), `issuer` (JWKS and tokens), `platform` (module types and
+//! what tokens come of them), `data` (what CyberScan knows), `tls` (certificates and the listener of both).
 
 use std::{
     io,
@@ -18,10 +18,12 @@ use tokio_util::sync::DropGuard;
 mod cyberscan;
 mod data;
 mod issuer;
+mod platform;
 mod tls;
 
 pub use cyberscan::{Behaviour, Call, FakeCyberScan, Recorded, Rule};
 pub use issuer::{FakeIssuer, IssuerBehaviour};
+pub use platform::{CLIENT_ID, CLIENT_PASSWORD, FakePlatform, PlatformBehaviour};
 
 /// The API key the fake CyberScan accepts from the start.
 pub const API_KEY: &str = "sandbox-key";
@@ -35,7 +37,7 @@ pub struct Options {
     pub name: String,
     /// CyberScan's port, 0 for a free one.
     pub cyberscan_port: u16,
-    /// The issuer's port, 0 for a free one.
+    /// The port of issuer and platform, 0 for a free one.
     pub issuer_port: u16,
 }
 
@@ -58,6 +60,8 @@ pub struct Sandbox {
     pub cyberscan: FakeCyberScan,
     /// The fake key issuer.
     pub issuer: FakeIssuer,
+    /// The fake platform; it answers where the issuer does.
+    pub platform: FakePlatform,
     lifetime: tls::Lifetime,
     _stop: DropGuard,
 }
@@ -80,10 +84,11 @@ impl Sandbox {
         let stop = lifetime.shutdown.clone().drop_guard();
         let cyberscan =
             FakeCyberScan::start(bind(options.cyberscan_port).await?, &options.name, lifetime.clone())?;
-        let issuer =
-            FakeIssuer::start(bind(options.issuer_port).await?, &options.name, lifetime.clone()).await?;
+        let listener = bind(options.issuer_port).await?;
+        let issuer = FakeIssuer::at(&listener, &options.name).await?;
+        let platform = FakePlatform::start(listener, issuer.clone(), lifetime.clone());
         cyberscan.accept_key(API_KEY);
-        Ok(Self { ca_pem: authority.ca_pem(), cyberscan, issuer, lifetime, _stop: stop })
+        Ok(Self { ca_pem: authority.ca_pem(), cyberscan, issuer, platform, lifetime, _stop: stop })
     }
 
     /// The payload of a token that the relay accepts: `jwks_host`, `aud`, `api_key`, `host`.
