@@ -12,7 +12,8 @@
 //! | beyond | waits for a refresh; without one there is no key |
 //!
 //! A key that is not in the set is looked for once more, unless the set came after the question, and
-//! at most once in 30 s: keys rotate, and strangers invent key ids.
+//! at most once in 30 s: keys rotate, and strangers invent key ids. The same goes for a key that is there and did not
+//! make the signature: issuers replace keys without giving them new ids.
 
 use std::{
     collections::HashMap,
@@ -40,7 +41,7 @@ const REFRESH: Duration = Duration::from_secs(295);
 const FRESH: Duration = Duration::from_secs(300);
 /// From this age on a set is not used at all.
 const DEAD: Duration = Duration::from_secs(3600);
-/// The least time between two fetches because of an unknown key id.
+/// The least time between two fetches because of an unknown key id, or a key that does not fit.
 const COOL_DOWN: Duration = Duration::from_secs(30);
 /// The pause after a failed fetch, doubled with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -79,7 +80,7 @@ struct Fetches {
     not_before: Option<Instant>,
     /// When a key was last looked for.
     asked: Option<Instant>,
-    /// The last fetch that was made for an unknown key id.
+    /// The last fetch that was made for an unknown key id, or a key that did not fit.
     looked_again: Option<Instant>,
 }
 
@@ -148,6 +149,22 @@ impl Jwks {
             self.fetch(issuer, || issuer.may_look_again()).await;
         }
         issuer.set.load_full().filter(|set| set.key(kid).is_some()).ok_or(AuthError::UnknownKey)
+    }
+
+    /// The key set that replaced `seen`, fetched if need be: its key did not make the signature of a token that came at
+    /// `asked`.
+    pub(super) async fn set_after(
+        &self,
+        jwks_host: &str,
+        seen: &KeySet,
+        asked: Instant,
+    ) -> Option<Arc<KeySet>> {
+        let issuer = self.0.issuers.get(jwks_host)?;
+        let newer = || issuer.set.load_full().filter(|set| set.generation != seen.generation);
+        if newer().is_none() && seen.fetched <= asked {
+            self.fetch(issuer, || newer().is_none() && issuer.may_look_again()).await;
+        }
+        newer()
     }
 
     async fn current(&self, issuer: &Issuer) -> Result<Arc<KeySet>, AuthError> {
@@ -323,6 +340,25 @@ mod tests {
         }
         // Not fewer either: a key that is new is found, however many invented ids are asked for meanwhile.
         assert!((1 + 2..=1 + 3).contains(&fake.fetches()), "{} fetches in a minute", fake.fetches());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_do_not_fit_cause_a_fetch_in_thirty_seconds_at_most_too() {
+        let fake = Fake::new();
+        fake.look_up("old").await.unwrap();
+        for _ in 0..600 {
+            tokio::time::advance(Duration::from_millis(100)).await;
+            let seen = fake.jwks.set_with("issuer.test", "old").await.unwrap();
+            let forged = fake.jwks.set_after("issuer.test", &seen, Instant::now()).await;
+            assert!(forged.is_none_or(|set| set.generation > seen.generation));
+        }
+        assert!((1 + 2..=1 + 3).contains(&fake.fetches()), "{} fetches in a minute", fake.fetches());
+        // A set that has come since the token did is as new as can be.
+        let (asked, fetches) = (Instant::now(), fake.fetches());
+        minutes(5).await;
+        let set = fake.jwks.set_with("issuer.test", "old").await.unwrap();
+        assert!(fake.jwks.set_after("issuer.test", &set, asked).await.is_none());
+        assert_eq!(fake.fetches(), fetches + 1);
     }
 
     #[tokio::test(start_paused = true)]
