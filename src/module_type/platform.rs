@@ -201,6 +201,17 @@ pub enum RegisterError {
         /// What the platform says.
         reason: Reason,
     },
+    /// It cannot be there beside what is there.
+    #[error(
+        "{host} has something that is in the way of this module type (status 409){reason}. If it is one of an earlier \
+         registration, --update ID changes it"
+    )]
+    Conflict {
+        /// The platform.
+        host: String,
+        /// What the platform says.
+        reason: Reason,
+    },
     /// There is nothing to update.
     #[error("{host} has no module type {id} that this client could see{reason}. Is it of another region?")]
     NoSuchType {
@@ -261,18 +272,26 @@ impl std::fmt::Display for Reason {
 }
 
 impl Reason {
+    /// A proxy's log-in or an error page, mostly.
+    fn html() -> Self {
+        Self("a page of HTML".to_owned())
+    }
+
     fn of(body: &[u8], secrets: &[&str]) -> Self {
         let text = match serde_json::from_slice::<Value>(body) {
             Ok(json) => told(&json).unwrap_or_else(|| json.to_string()),
             Err(_) => String::from_utf8_lossy(body).trim().to_owned(),
         };
-        if text.starts_with('<') {
-            return Self("a page of HTML".to_owned());
+        if text.trim_start_matches('\u{feff}').starts_with('<') {
+            return Self::html();
         }
-        let text = secrets
-            .iter()
-            .filter(|secret| !secret.is_empty())
-            .fold(text, |text, secret| text.replace(secret, "<secret>"));
+        let mut text = text;
+        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+            // Faults are shown as JSON, where a secret may look different.
+            let json = Value::from(*secret).to_string();
+            let escaped = json.strip_prefix('"').and_then(|json| json.strip_suffix('"')).unwrap_or(secret);
+            text = text.replace(secret, "<secret>").replace(escaped, "<secret>");
+        }
         let mut shown = String::new();
         for (index, char) in text.chars().enumerate() {
             if index == REASON {
@@ -336,8 +355,8 @@ impl Platform<'_> {
                     host,
                     call: format!("POST {TOKEN}"),
                     status,
-                    // It may be a token in another form.
-                    reason: Reason::default(),
+                    // Anything else may be a token in another form.
+                    reason: if reason == Reason::html() { reason } else { Reason::default() },
                     expected: "JSON with an access_token",
                 }),
             StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED => {
@@ -363,7 +382,9 @@ impl Platform<'_> {
             Transport::Refused => RegisterError::Unreachable { host: self.host.to_string(), cause },
             cause => RegisterError::Unsure { host: self.host.to_string(), cause },
         })?;
-        let reason = Reason::of(&reply.body, &[token.expose_secret(), self.client.password.expose_secret()]);
+        let basic = self.client.basic();
+        let secrets = [token.expose_secret(), &basic, self.client.password.expose_secret()];
+        let reason = Reason::of(&reply.body, &secrets);
         let (host, status) = (self.host.to_string(), reply.status.as_u16());
         match (reply.status, action) {
             (status_code, _) if status_code.is_success() => {
@@ -381,6 +402,7 @@ impl Platform<'_> {
             (StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY, _) => {
                 Err(RegisterError::Document { host, status, reason })
             }
+            (StatusCode::CONFLICT, _) => Err(RegisterError::Conflict { host, reason }),
             (StatusCode::NOT_FOUND, Action::Update(Id(id))) => {
                 Err(RegisterError::NoSuchType { host, id: id.clone(), reason })
             }
@@ -478,7 +500,7 @@ mod tests {
 
     #[test]
     fn what_the_platform_says_is_shown_on_one_line_bounded_and_without_secrets() {
-        let reason = |body: &str| Reason::of(body.as_bytes(), &["hunter2", ""]).to_string();
+        let reason = |body: &str| Reason::of(body.as_bytes(), &["hunter2", "quo\"te\\d", ""]).to_string();
         for (body, shown) in [
             ("", ""),
             ("{}", ": {}"),
@@ -487,7 +509,9 @@ mod tests {
             (r#"{"errors":{"title":"missing"},"value":{"logo":"long"}}"#, r#": {"title":"missing"}"#),
             (r#"{"message":"no hunter2 here"}"#, ": no <secret> here"),
             ("plain hunter2\u{1b}[31m\r\nred \u{202e}", r": plain <secret>\u{1b}[31m\u{d}\u{a}red \u{202e}"),
-            ("<html>gateway</html>", ": a page of HTML"),
+            (r#"{"errors":{"password":"quo\"te\\d"}}"#, r#": {"password":"<secret>"}"#),
+            (" \n<html>gateway</html>", ": a page of HTML"),
+            ("\u{feff}<!DOCTYPE html><title>hunter2</title>", ": a page of HTML"),
         ] {
             assert_eq!(reason(body), shown, "{body}");
         }

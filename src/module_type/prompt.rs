@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 /// Why a question has no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum PromptError {
+pub(super) enum PromptError {
     /// Nobody is there to answer.
     #[error("standard input is no terminal to ask on")]
     NoTerminal,

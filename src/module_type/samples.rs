@@ -2,6 +2,8 @@
 //!
 //! Read were the 44 module types that public repositories have. Of these 40 use `configuration-token`: 36 with RS256 and a
 //! key issuer of the platform's (the original relay's among them), four with HS256 and a shared key.
+//!
+//! That ours looks like those is all that is shown here: it was not tried in a tenant.
 
 use std::collections::BTreeSet;
 

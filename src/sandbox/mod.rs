@@ -62,6 +62,8 @@ pub struct Sandbox {
     pub issuer: FakeIssuer,
     /// The fake platform; it answers where the issuer does.
     pub platform: FakePlatform,
+    authority: tls::Authority,
+    names: Vec<String>,
     lifetime: tls::Lifetime,
     _stop: DropGuard,
 }
@@ -73,10 +75,7 @@ impl Sandbox {
     /// If an address cannot be bound, `name` fits no certificate, or a key cannot be made.
     pub async fn start(options: Options) -> io::Result<Self> {
         let authority = tls::Authority::new()?;
-        let names = [&options.name, "localhost", "127.0.0.1", "::1"]
-            .map(str::to_owned)
-            .into_iter()
-            .collect::<Vec<String>>();
+        let names: Vec<String> = [&options.name, "localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
         let bind = async |port| {
             tls::Listener::bind(SocketAddr::new(options.listen, port), authority.server_config(&names)?).await
         };
@@ -88,7 +87,25 @@ impl Sandbox {
         let issuer = FakeIssuer::at(&listener, &options.name).await?;
         let platform = FakePlatform::start(listener, issuer.clone(), lifetime.clone());
         cyberscan.accept_key(API_KEY);
-        Ok(Self { ca_pem: authority.ca_pem(), cyberscan, issuer, platform, lifetime, _stop: stop })
+        Ok(Self {
+            ca_pem: authority.ca_pem(),
+            cyberscan,
+            issuer,
+            platform,
+            authority,
+            names,
+            lifetime,
+            _stop: stop,
+        })
+    }
+
+    /// A certificate and its key, as PEM, for a relay that is reached by the names of the fakes.
+    ///
+    /// # Errors
+    /// If no key can be made.
+    pub fn certificate(&self) -> io::Result<(String, String)> {
+        let (certificate, key) = self.authority.certificate(&self.names)?;
+        Ok((certificate.pem(), key.serialize_pem()))
     }
 
     /// The payload of a token that the relay accepts: `jwks_host`, `aud`, `api_key`, `host`.

@@ -4,7 +4,8 @@
 //!
 //! It is as strict as the platform's interface description (`iroh-int` 1.0.107): unknown keys, a missing title or
 //! default_name and wrong types are refused; a module type is changed by PATCH, which merges, and never by PUT. What an
-//! instance's settings may hold beyond the form is not described; here it is refused.
+//! instance's settings may hold beyond the form is not described; here it is refused. One route is its own: `GET
+//! /iroh/iroh-int/module-instance/ID/token`, the token that the real one sends to relays only.
 
 use std::{
     collections::HashMap,
@@ -207,6 +208,13 @@ impl FakePlatform {
                 }
                 Err(faults) => answer(400, &json!({"errors": faults})),
             },
+            // The real platform shows this to nobody but the relay.
+            ("GET", ("module-instance", Some(path))) => {
+                match path.strip_suffix("/token").ok_or("no such route").and_then(|id| self.token(id)) {
+                    Ok(token) => answer(200, &json!({"token": token})),
+                    Err(why) => refuse(404, "not_found", why),
+                }
+            }
             (_, ("module-type" | "module-instance", _)) => refuse(405, "method_not_allowed", "Method not allowed"),
             _ => refuse(404, "not_found", "no such route"),
         }
@@ -637,6 +645,12 @@ mod tests {
         let mut expected =
             json!({"aud": "https://relay.example", "jwks_host": "keys.example", "api_key": "k"});
         assert_eq!(claims(&instance), expected);
+        let caller = Caller::of(&sandbox);
+        let access = caller.token(CLIENT_ID, CLIENT_PASSWORD).await.1["access_token"].as_str().unwrap().to_owned();
+        let (status, shown) =
+            caller.call(Method::GET, &format!("module-instance/{instance}/token"), &access, &Value::Null).await;
+        assert_eq!((status, &shown["token"]), (200, &platform.token(&instance).unwrap().into()));
+        assert_eq!(caller.call(Method::GET, "module-instance/other/token", &access, &Value::Null).await.0, 404);
 
         let audience = |value: Value| json!({"properties": {"configuration-token-audience": value}});
         assert_eq!(platform.change(&id, audience("other".into())).status(), 200);
