@@ -26,7 +26,7 @@ use crate::{
     app,
     chance::chance,
     egress::{self, Http},
-    module_type::{Action, Client, ModuleType, Platform},
+    module_type::{self, Action, Client, ModuleType, Platform},
     probe,
     sandbox::{self, Call, Rule, Sandbox},
     settings::Settings,
@@ -37,6 +37,8 @@ use crate::{
 const URL: &str = "https://relay.demo";
 /// An address whose look-up fails.
 const FAILING: &str = "203.0.113.99";
+/// Where the fakes are.
+const PRIVATE: &str = "127.0.0.0/8,::1/128";
 /// How long the fake CyberScan takes for an answer.
 const LATENCY: Duration = Duration::from_millis(120);
 
@@ -76,7 +78,7 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
              Its status page is http://{status}/\n"
         ))?;
         // The place of `doctor`: what it finds about these settings is shown here, before anything is registered.
-        let token = connect(&sandbox, &egress).await?;
+        let token = connect(&sandbox, &certificate, &egress).await?;
         show_endpoints(address, &token)?;
         investigate(&sandbox, address, &token).await?;
         if once {
@@ -187,7 +189,7 @@ fn settings(sandbox: &Sandbox, certificate: &CertificateFile) -> Vec<(String, St
         ("RELAY_AUTH_AUDIENCES", URL.to_owned()),
         ("RELAY_AUTH_JWKS_HOSTS", sandbox.issuer.host()),
         ("RELAY_CYBERSCAN_HOSTS", sandbox.cyberscan.host()),
-        ("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128".to_owned()),
+        ("RELAY_EGRESS_ALLOW_CIDRS", PRIVATE.to_owned()),
         ("RELAY_EGRESS_EXTRA_CA_FILE", certificate.0.display().to_string()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
@@ -196,22 +198,28 @@ fn settings(sandbox: &Sandbox, certificate: &CertificateFile) -> Vec<(String, St
 
 /// Registers the relay at the platform and fills in its form, as an administrator does; the answer is the token that the
 /// platform sends from then on.
-async fn connect(sandbox: &Sandbox, egress: &egress::Config) -> anyhow::Result<String> {
-    let host = sandbox.platform.host();
+async fn connect(
+    sandbox: &Sandbox,
+    certificate: &CertificateFile,
+    egress: &egress::Config,
+) -> anyhow::Result<String> {
+    let platform = sandbox.platform.host();
     say(&format!(
-        "\n1. Its module type is registered at the platform, as this does it:\n\n\
-         cyberscan-relay module-type --register --platform-host {host} --url {URL}\n\n"
+        "\n1. Its module type is registered at the platform, for the API client {} with the password {}. By hand:\n\n\
+         RELAY_EGRESS_EXTRA_CA_FILE={} RELAY_EGRESS_ALLOW_CIDRS={PRIVATE} \\\n\
+         cyberscan-relay module-type --register --platform-host {platform} --url {URL}\n\n",
+        sandbox::CLIENT_ID,
+        sandbox::CLIENT_PASSWORD,
+        certificate.0.display()
     ))?;
-    let (http, at) = (Http::new(egress)?, host.parse()?);
+    let (http, host) = (Http::new(egress)?, platform.parse()?);
     let client = Client::new(sandbox::CLIENT_ID, &sandbox::CLIENT_PASSWORD.into())?;
-    let module_type = ModuleType { url: URL.parse()?, audience: None, jwks_host: host.clone() };
-    let registered = Platform { http: &http, host: &at, client: &client };
-    let registered = registered.register(&Action::Create, &module_type).await?;
+    let module_type = ModuleType { url: URL.parse()?, audience: None, jwks_host: platform };
+    let at_platform = Platform { http: &http, host: &host, client: &client };
+    let registered = at_platform.register(&Action::Create, &module_type).await?;
+    say(&module_type::outcome(&host, &Action::Create, &registered))?;
     say(&format!(
-        "Registered at {host} as module type {}.\n\n\
-         2. An administrator adds an integration of that type and fills in its form:\n\n\
-         API Key         {}\nCyberScan Host  {}\n\n",
-        registered.id,
+        "\n2. An administrator fills in its form:\n\nAPI Key         {}\nCyberScan Host  {}\n\n",
         sandbox::API_KEY,
         sandbox.cyberscan.host()
     ))?;
@@ -246,7 +254,9 @@ async fn investigate(sandbox: &Sandbox, address: SocketAddr, token: &str) -> any
         {"type": "sha256", "value": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
         {"type": "ip", "value": FAILING},
     ]);
-    say("\n3. An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n")?;
+    say(
+        "\n3. An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n",
+    )?;
     let first = ask(sandbox, address, token, &observables).await?;
     say(&table(&first.answer))?;
     say("\n4. The same again, from memory:\n\n")?;
@@ -254,7 +264,11 @@ async fn investigate(sandbox: &Sandbox, address: SocketAddr, token: &str) -> any
     say(&format!("       {:>9}  {:>9}  {:>18}\n", "SIGHTINGS", "TIME", "CALLS TO CYBERSCAN"))?;
     for (name, asked) in [("first", &first), ("again", &again)] {
         let milliseconds = format!("{:.1} ms", asked.took.as_secs_f64() * 1000.0);
-        say(&format!("{name}  {:>9}  {milliseconds:>9}  {:>18}\n", sightings(&asked.answer).count(), asked.calls))?;
+        say(&format!(
+            "{name}  {:>9}  {milliseconds:>9}  {:>18}\n",
+            sightings(&asked.answer).count(),
+            asked.calls
+        ))?;
     }
     Ok(())
 }
@@ -266,7 +280,12 @@ struct Asked {
     calls: usize,
 }
 
-async fn ask(sandbox: &Sandbox, address: SocketAddr, token: &str, observables: &Value) -> anyhow::Result<Asked> {
+async fn ask(
+    sandbox: &Sandbox,
+    address: SocketAddr,
+    token: &str,
+    observables: &Value,
+) -> anyhow::Result<Asked> {
     let request = Request::post("/observe/observables")
         .header(header::HOST, address.to_string())
         .header(header::AUTHORIZATION, format!("Bearer {token}"))

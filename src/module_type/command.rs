@@ -86,7 +86,8 @@ pub async fn run(
     let module_type = options.module_type()?;
     let document = pretty(&module_type.document());
     if let Some(file) = &options.output {
-        std::fs::write(file, &document).with_context(|| format!("--output: cannot write {}", file.display()))?;
+        std::fs::write(file, &document)
+            .with_context(|| format!("--output: cannot write {}", file.display()))?;
     }
     let Some(action) = options.action() else {
         ensure!(
@@ -113,8 +114,9 @@ pub async fn run(
     // Before anybody types a password.
     let http = Http::new(&egress()?)?;
     let client = client(options, &host).await?;
-    let stored = Platform { http: &http, host: &host, client: &client }.register(&action, &module_type).await?;
-    say(&done(&host, &action, &stored))?;
+    let stored =
+        Platform { http: &http, host: &host, client: &client }.register(&action, &module_type).await?;
+    say(&outcome(&host, &action, &stored))?;
     note(&needs(&module_type))
 }
 
@@ -135,7 +137,8 @@ fn calls(host: &Host, action: &Action, module_type: &ModuleType) -> String {
     )
 }
 
-fn done(host: &Host, action: &Action, stored: &Stored) -> String {
+/// What the command says when the platform has done it.
+pub(crate) fn outcome(host: &Host, action: &Action, stored: &Stored) -> String {
     let id = &stored.id;
     let mut text = match action {
         Action::Create => format!(
@@ -145,7 +148,10 @@ fn done(host: &Host, action: &Action, stored: &Stored) -> String {
         Action::Update(_) => format!("Module type {id} at {host} is up to date.\n"),
     };
     if !stored.differs.is_empty() {
-        text += &format!("The platform has kept other values than were sent of: {}.\n", stored.differs.join(", "));
+        text += &format!(
+            "The platform has kept other values than were sent of: {}.\n",
+            stored.differs.join(", ")
+        );
     }
     text
 }
@@ -192,7 +198,7 @@ fn read(what: &str, file: &Path) -> anyhow::Result<SecretString> {
     let text = io::read_to_string(io::Read::take(open, CREDENTIAL + 1)).with_context(option)?;
     let text = SecretString::from(text);
     let length = text.expose_secret().len() as u64;
-    ensure!(length <= CREDENTIAL, "{}: larger than a {what} is", option());
+    ensure!(length <= CREDENTIAL, "{}: more than {CREDENTIAL} bytes", option());
     ensure!(!text.expose_secret().trim().is_empty(), "{}: empty", option());
     Ok(text)
 }

@@ -17,6 +17,7 @@ mod prompt;
 #[cfg(test)]
 mod samples;
 
+pub(crate) use command::outcome;
 pub use command::{Options, run};
 pub use platform::{Action, Client, Id, Platform, RegisterError, Stored};
 

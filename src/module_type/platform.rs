@@ -28,7 +28,7 @@ pub(super) const TOKEN: &str = "/iroh/oauth2/token";
 pub(super) const GRANT: &str = "grant_type=client_credentials";
 /// Where module types are.
 const MODULE_TYPES: &str = "/iroh/iroh-int/module-type";
-/// How long a call may take.
+/// How long a call may take. The client leaves a platform that is silent for some seconds before that.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The most bytes of an answer: it repeats the document.
 const ANSWER: usize = 1 << 20;
@@ -252,7 +252,9 @@ fn hint(cause: &Transport) -> &'static str {
     match cause {
         Transport::Refused => ". A private address has to be in egress.allow_cidrs",
         Transport::Untrusted(_) => ". An authority of your own belongs into egress.extra_ca_file",
-        Transport::Unreachable => ". Is there a proxy on the way? egress.proxy sets it",
+        Transport::Unreachable => {
+            ". Is a proxy on the way (egress.proxy)? Has the name a private address (egress.allow_cidrs)?"
+        }
         Transport::TimedOut | Transport::Broken | Transport::TooLarge => "",
     }
 }
@@ -310,7 +312,8 @@ impl Reason {
 fn told(json: &Value) -> Option<String> {
     let text = |key: &str| json.get(key)?.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
     let faults = json.get("errors").filter(|errors| !errors.is_null()).map(Value::to_string);
-    let said = faults.or_else(|| text("error_description")).or_else(|| text("message")).or_else(|| text("error"))?;
+    let said =
+        faults.or_else(|| text("error_description")).or_else(|| text("message")).or_else(|| text("error"))?;
     Some(match text("trace_id") {
         Some(trace) => format!("{said} (trace_id {trace})"),
         None => said,
@@ -343,7 +346,8 @@ impl Platform<'_> {
         let authorization = ("Basic", basic.as_str());
         let body = (Bytes::from_static(GRANT.as_bytes()), "application/x-www-form-urlencoded");
         let reply = self.call(Method::POST, TOKEN, authorization, body).await;
-        let reply = reply.map_err(|cause| RegisterError::Unreachable { host: self.host.to_string(), cause })?;
+        let reply =
+            reply.map_err(|cause| RegisterError::Unreachable { host: self.host.to_string(), cause })?;
         let reason = Reason::of(&reply.body, &[&basic, self.client.password.expose_secret()]);
         let (host, status) = (self.host.to_string(), reply.status.as_u16());
         match reply.status {
@@ -420,7 +424,8 @@ impl Platform<'_> {
     ) -> Result<Reply, Transport> {
         let mut headers = HeaderMap::new();
         // Neither base64 nor a token that was looked at can be refused here.
-        let mut authorization = HeaderValue::from_str(&format!("{scheme} {credentials}")).map_err(|_| Transport::Refused)?;
+        let mut authorization =
+            HeaderValue::from_str(&format!("{scheme} {credentials}")).map_err(|_| Transport::Refused)?;
         authorization.set_sensitive(true);
         headers.insert(header::AUTHORIZATION, authorization);
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
@@ -460,7 +465,8 @@ fn stored(sent: &Value, body: &[u8]) -> Option<Stored> {
         let has = has.get(key).unwrap_or(&Value::Null);
         match value.as_object() {
             Some(properties) => {
-                let changed = properties.iter().filter(|(name, value)| has.get(name).unwrap_or(&Value::Null) != *value);
+                let changed =
+                    properties.iter().filter(|(name, value)| has.get(name).unwrap_or(&Value::Null) != *value);
                 differs.extend(changed.map(|(name, _)| format!("{key}.{name}")));
             }
             None if value != has => differs.push(key.clone()),
@@ -475,10 +481,56 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::{
+        egress::Config,
+        module_type::Region,
+        sandbox::{CLIENT_ID, CLIENT_PASSWORD, Options, PlatformBehaviour, Sandbox},
+    };
+
+    #[tokio::test]
+    async fn a_platform_that_never_answers_is_left_in_time() {
+        let ca = tempfile::NamedTempFile::new().unwrap();
+        for (path, calls, words) in [
+            (TOKEN, 1, "no answer in time. Nothing was changed"),
+            (MODULE_TYPES, 2, "no answer in time. The module type may be there all the same"),
+        ] {
+            let sandbox = Sandbox::start(Options::default()).await.unwrap();
+            std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
+            sandbox.platform.respond_with(path, PlatformBehaviour::Hang);
+            let http = Http::new(&Config {
+                allow_cidrs: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+                proxy: None,
+                extra_ca_file: Some(ca.path().to_owned()),
+                connect_timeout: Duration::from_secs(2),
+            })
+            .unwrap();
+            let host = sandbox.platform.host().parse().unwrap();
+            let client = Client::new(CLIENT_ID, &CLIENT_PASSWORD.into()).unwrap();
+            let module_type = ModuleType {
+                url: "https://relay.example.com".parse().unwrap(),
+                audience: None,
+                jwks_host: Region::Us.host().to_owned(),
+            };
+            let platform = Platform { http: &http, host: &host, client: &client };
+            // The clock stands still once the platform has the call: then only time-outs go on.
+            let stop_the_clock = async {
+                while sandbox.platform.calls().len() < calls {
+                    tokio::task::yield_now().await;
+                }
+                tokio::time::pause();
+            };
+            let (registered, ()) =
+                tokio::join!(platform.register(&Action::Create, &module_type), stop_the_clock);
+            let error = registered.unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+            tokio::time::resume();
+        }
+    }
 
     #[test]
     fn a_client_is_two_single_lines_as_they_stand_in_a_file() {
-        let client = |id: &str, password: &str| Client::new(id, &password.into()).map(|client| client.basic());
+        let client =
+            |id: &str, password: &str| Client::new(id, &password.into()).map(|client| client.basic());
         assert_eq!(client("id\n", "  pass word\r\n"), Ok(STANDARD.encode("id:pass word")));
         for id in ["", "\n", "a:b", "two words", "a\nb"] {
             assert_eq!(client(id, "p"), Err(BadClient::Id), "{id:?}");
@@ -526,7 +578,10 @@ mod tests {
         let whole = json!({"id": "7", "org_id": "o", "title": "a", "tips": "b", "properties": {"url": "u", "more": 1}});
         assert_eq!(differs(whole), Some(vec![]));
         let other = json!({"id": "7", "title": "a", "properties": {"url": "x", "gone": "still"}});
-        assert_eq!(differs(other), Some(vec!["tips".into(), "properties.url".into(), "properties.gone".into()]));
+        assert_eq!(
+            differs(other),
+            Some(vec!["tips".into(), "properties.url".into(), "properties.gone".into()])
+        );
         assert_eq!(differs(json!({"title": "a"})), None);
         assert_eq!(differs(json!([])), None);
     }

@@ -81,7 +81,10 @@ fn the_document_has_what_all_public_ones_have_and_nothing_that_none_has() {
         assert!(TOP.iter().all(|(key, count)| *count < 39 || top.contains(key)), "{top:?}");
         let known = |key: &&str| PROPERTIES.iter().any(|(known, _)| known == key);
         assert!(properties.iter().all(known), "{properties:?}");
-        assert!(PROPERTIES.iter().all(|(key, count)| *count < 34 || properties.contains(key)), "{properties:?}");
+        assert!(
+            PROPERTIES.iter().all(|(key, count)| *count < 34 || properties.contains(key)),
+            "{properties:?}"
+        );
         for key in ["title", "default_name", "short_description", "description", "tips", "logo"] {
             assert!(document[key].as_str().is_some_and(|text| !text.is_empty()), "{key}");
         }

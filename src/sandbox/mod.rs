@@ -154,7 +154,9 @@ fn jws(header: &Value, claims: &Value, sign: impl FnOnce(&[u8]) -> Vec<u8>) -> S
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
     use super::*;
 
@@ -192,6 +194,25 @@ mod tests {
         let url = format!("https://{}/.well-known/jwks", other.issuer.host());
         assert!(client(&one).get(url).send().await.unwrap_err().is_connect());
         assert_eq!((other.issuer.connections(), other.issuer.fetches()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn its_certificate_for_a_relay_is_believed_by_whoever_believes_the_sandbox() {
+        let sandbox = sandbox().await;
+        let (certificate, key) = sandbox.certificate().unwrap();
+        let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let listener = tls::Listener::bind("127.0.0.1:0".parse().unwrap(), config).await.unwrap();
+        let url = format!("https://localhost:{}/.well-known/jwks", listener.port().unwrap());
+        listener.serve(sandbox.issuer.clone(), sandbox.lifetime.clone());
+        assert_eq!(client(&sandbox).get(url).send().await.unwrap().status(), 200);
     }
 
     #[tokio::test]

@@ -176,8 +176,11 @@ impl FakePlatform {
         if (method, path) == (&Method::POST, "/iroh/oauth2/token") {
             return self.grant(headers, body);
         }
-        let Some(rest) = path.strip_prefix("/iroh/iroh-int/") else { return refuse(404, "not_found", "no such route") };
-        let may_write = match bearer(headers).and_then(|token| lock(&self.state).tokens.get(&token).copied()) {
+        let Some(rest) = path.strip_prefix("/iroh/iroh-int/") else {
+            return refuse(404, "not_found", "no such route");
+        };
+        let may_write = match bearer(headers).and_then(|token| lock(&self.state).tokens.get(&token).copied())
+        {
             Some(may_write) => may_write,
             None => return refuse(401, "invalid_request", "No JWT found in HTTP Authorization header"),
         };
@@ -215,13 +218,16 @@ impl FakePlatform {
                     Err(why) => refuse(404, "not_found", why),
                 }
             }
-            (_, ("module-type" | "module-instance", _)) => refuse(405, "method_not_allowed", "Method not allowed"),
+            (_, ("module-type" | "module-instance", _)) => {
+                refuse(405, "method_not_allowed", "Method not allowed")
+            }
             _ => refuse(404, "not_found", "no such route"),
         }
     }
 
     fn grant(&self, headers: &HeaderMap, body: &[u8]) -> Response<Body> {
-        let form = headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/x-www-form-urlencoded");
+        let form =
+            headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/x-www-form-urlencoded");
         if !form || body != b"grant_type=client_credentials" {
             return refuse(400, "unsupported_grant_type", "grant_type is missing or unknown");
         }
@@ -235,7 +241,10 @@ impl FakePlatform {
         };
         let (token, may_write) = (Uuid::new_v4().to_string(), client.may_write);
         state.tokens.insert(token.clone(), may_write);
-        answer(200, &json!({"access_token": token, "token_type": "bearer", "expires_in": 600, "scope": "integration"}))
+        answer(
+            200,
+            &json!({"access_token": token, "token_type": "bearer", "expires_in": 600, "scope": "integration"}),
+        )
     }
 
     fn create(&self, mut document: Value) -> Response<Body> {
@@ -293,7 +302,11 @@ impl Answer for FakePlatform {
             PlatformBehaviour::Status(code, body, retry_after) => {
                 let answer = tls::json(code, tls::whole(body));
                 let later = !retry_after.is_empty();
-                return Ok(if later { tls::with_header(answer, header::RETRY_AFTER, &retry_after) } else { answer });
+                return Ok(if later {
+                    tls::with_header(answer, header::RETRY_AFTER, &retry_after)
+                } else {
+                    answer
+                });
             }
             PlatformBehaviour::Hang => std::future::pending().await,
             PlatformBehaviour::LoseAnswer => {
@@ -385,7 +398,12 @@ const REFERENCE: [(&str, Kind); 4] =
     [("label", Kind::Text), ("link", Kind::Text), ("external_id", Kind::Text), ("class", Kind::Text)];
 const FIELD: [(&str, Kind); 11] = [
     ("key", Kind::Text),
-    ("type", Kind::OneOf(&["remote", "password", "file", "string", "api_key", "integer", "device", "options", "boolean"])),
+    (
+        "type",
+        Kind::OneOf(&[
+            "remote", "password", "file", "string", "api_key", "integer", "device", "options", "boolean",
+        ]),
+    ),
     ("label", Kind::Text),
     ("group", Kind::Text),
     ("beta", Kind::Bool),
@@ -445,7 +463,8 @@ impl Faults {
     fn module_type(&mut self, document: &Value, partial: bool) {
         let mut given = document.clone();
         if partial {
-            let nullable = |key: &str, value: &Value| value.is_null() && !matches!(key, "title" | "default_name");
+            let nullable =
+                |key: &str, value: &Value| value.is_null() && !matches!(key, "title" | "default_name");
             if let Some(object) = given.as_object_mut() {
                 object.retain(|key, value| !nullable(key, value));
             }
@@ -495,7 +514,8 @@ impl Faults {
 
     /// Whether `settings` fill in the form of `module_type`.
     fn form(&mut self, module_type: &Value, settings: &Map<String, Value>) {
-        let form = module_type.get("configuration_spec").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let form =
+            module_type.get("configuration_spec").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
         let key = |field: &Value| field.get("key").and_then(Value::as_str).unwrap_or_default().to_owned();
         for name in settings.keys().filter(|name| !form.iter().any(|field| key(field) == **name)) {
             self.add(&format!("settings.{name}"), "no such field");
@@ -536,7 +556,8 @@ mod tests {
         }
 
         async fn token(&self, id: &str, password: &str) -> (u16, Value) {
-            let request = self.http.post(format!("{}/oauth2/token", self.base)).basic_auth(id, Some(password));
+            let request =
+                self.http.post(format!("{}/oauth2/token", self.base)).basic_auth(id, Some(password));
             let request = request.header("content-type", "application/x-www-form-urlencoded");
             read(request.body("grant_type=client_credentials")).await
         }
@@ -566,7 +587,8 @@ mod tests {
         assert_eq!(caller.call(Method::POST, "module-type", "made-up", &named()).await.0, 401);
         let reader = caller.token("reader", "pw").await.1["access_token"].as_str().unwrap().to_owned();
         assert_eq!(caller.call(Method::POST, "module-type", &reader, &named()).await.0, 403);
-        let writer = caller.token(CLIENT_ID, CLIENT_PASSWORD).await.1["access_token"].as_str().unwrap().to_owned();
+        let writer =
+            caller.token(CLIENT_ID, CLIENT_PASSWORD).await.1["access_token"].as_str().unwrap().to_owned();
         let (status, created) = caller.call(Method::POST, "module-type", &writer, &named()).await;
         assert_eq!(status, 201);
         let path = format!("module-type/{}", created["id"].as_str().unwrap());
@@ -592,8 +614,14 @@ mod tests {
             (json!({"title": "T", "default_name": "D", "description": null}), "description"),
             (json!({"title": "T", "default_name": "D", "flags": [1]}), "flags"),
             (json!({"title": "T", "default_name": "D", "properties": {"url": null}}), "properties.url"),
-            (json!({"title": "T", "default_name": "D", "capabilities": [{"id": "look", "description": ""}]}), "capabilities.0.id"),
-            (json!({"title": "T", "default_name": "D", "capabilities": [{"id": "health"}]}), "capabilities.0.description"),
+            (
+                json!({"title": "T", "default_name": "D", "capabilities": [{"id": "look", "description": ""}]}),
+                "capabilities.0.id",
+            ),
+            (
+                json!({"title": "T", "default_name": "D", "capabilities": [{"id": "health"}]}),
+                "capabilities.0.description",
+            ),
             (
                 json!({"title": "T", "default_name": "D", "configuration_spec": [{"key": "k", "type": "text", "label": "l"}]}),
                 "configuration_spec.0.type",
@@ -623,9 +651,7 @@ mod tests {
         });
         assert_eq!(platform.create(document).status(), 201);
         let id = platform.module_types()[0]["id"].as_str().unwrap().to_owned();
-        let request = |settings: Value| {
-            json!({"name": "n", "module_type_id": id, "visibility": "org", "settings": settings})
-        };
+        let request = |settings: Value| json!({"name": "n", "module_type_id": id, "visibility": "org", "settings": settings});
         for settings in [
             json!({}),
             json!({"custom_api_key": ""}),
@@ -646,11 +672,16 @@ mod tests {
             json!({"aud": "https://relay.example", "jwks_host": "keys.example", "api_key": "k"});
         assert_eq!(claims(&instance), expected);
         let caller = Caller::of(&sandbox);
-        let access = caller.token(CLIENT_ID, CLIENT_PASSWORD).await.1["access_token"].as_str().unwrap().to_owned();
-        let (status, shown) =
-            caller.call(Method::GET, &format!("module-instance/{instance}/token"), &access, &Value::Null).await;
+        let access =
+            caller.token(CLIENT_ID, CLIENT_PASSWORD).await.1["access_token"].as_str().unwrap().to_owned();
+        let (status, shown) = caller
+            .call(Method::GET, &format!("module-instance/{instance}/token"), &access, &Value::Null)
+            .await;
         assert_eq!((status, &shown["token"]), (200, &platform.token(&instance).unwrap().into()));
-        assert_eq!(caller.call(Method::GET, "module-instance/other/token", &access, &Value::Null).await.0, 404);
+        assert_eq!(
+            caller.call(Method::GET, "module-instance/other/token", &access, &Value::Null).await.0,
+            404
+        );
 
         let audience = |value: Value| json!({"properties": {"configuration-token-audience": value}});
         assert_eq!(platform.change(&id, audience("other".into())).status(), 200);

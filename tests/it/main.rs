@@ -22,6 +22,7 @@ mod canary;
 mod command_line;
 mod enrichment;
 mod faults;
+mod first_day;
 mod golden;
 mod in_front;
 mod limits;
