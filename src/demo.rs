@@ -1,6 +1,6 @@
-//! `cyberscan-relay demo`: the relay between a fake CyberScan and a fake key issuer, on this
-//! machine, with no account. It goes the production way (TLS, allow-lists, egress guard, settings);
-//! it must not shortcut any of it.
+//! `cyberscan-relay demo`: the first day of a relay, between a fake SecureX/XDR and a fake CyberScan, on this machine, with
+//! no account. It goes the production way (TLS, allow-lists, egress guard, settings, registration); it must not shortcut
+//! any of it.
 
 use std::{
     io::{self, Write},
@@ -18,23 +18,29 @@ use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, lookup_host},
     sync::Semaphore,
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     app,
     chance::chance,
+    egress::{self, Http},
+    module_type::{self, Action, Client, ModuleType, Platform},
     probe,
     sandbox::{self, Call, Rule, Sandbox},
     settings::Settings,
     telemetry::LogLevel,
 };
 
-/// The audience of the demo's tokens.
-const AUDIENCE: &str = "https://relay.demo";
+/// The relay's public URL, and so the audience of the demo's tokens.
+const URL: &str = "https://relay.demo";
 /// An address whose look-up fails.
 const FAILING: &str = "203.0.113.99";
+/// Where the fakes are.
+const PRIVATE: &str = "127.0.0.0/8,::1/128";
+/// How long the fake CyberScan takes for an answer.
+const LATENCY: Duration = Duration::from_millis(120);
 
 /// Runs the demo until `shutdown`, or with `once` until its investigation is shown.
 ///
@@ -42,6 +48,7 @@ const FAILING: &str = "203.0.113.99";
 /// When nothing can be listened on, or the relay does not answer.
 pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) -> anyhow::Result<()> {
     let sandbox = Sandbox::start(sandbox::Options::default()).await?;
+    sandbox.cyberscan.latency(LATENCY);
     sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value(FAILING).answer(503));
     let certificate = CertificateFile::write(&sandbox.ca_pem)?;
     let listener = match TcpListener::bind(listen).await {
@@ -59,13 +66,21 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
         None => TcpListener::bind((listen.ip(), 0)).await.context("cannot listen")?,
     };
     let status = admin.local_addr()?;
+    let egress = settings.egress.clone();
 
     let stop = shutdown.child_token();
     let _stop_on_return = stop.clone().drop_guard();
     let mut relay =
         std::pin::pin!(app::run(settings, listener, Some((admin, LogLevel::default())), stop.clone()));
     let story = async {
-        show(&sandbox, address, status).await?;
+        say(&format!(
+            "The relay serves on http://{address}, between a fake SecureX/XDR and a fake CyberScan.\n\
+             Its status page is http://{status}/\n"
+        ))?;
+        // The place of `doctor`: what it finds about these settings is shown here, before anything is registered.
+        let token = connect(&sandbox, &certificate, &egress).await?;
+        show_endpoints(address, &token)?;
+        investigate(&sandbox, address, &token).await?;
         if once {
             stop.cancel();
         } else {
@@ -80,8 +95,9 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
     relay.await
 }
 
-/// Runs the fake CyberScan (port 8443) and key issuer (port 8444) alone until `shutdown`, and leaves their root
-/// certificate (`ca.pem`) and a token for a relay at `audience` (`token`) in `directory`.
+/// Runs the fake CyberScan (port 8443) and the fake platform (port 8444) alone until `shutdown`. It leaves in `directory`:
+/// their root certificate (`ca.pem`), a token for a relay at `audience` (`token`), the platform's API client (`client-id`,
+/// `client-password`), and a certificate for a relay that is reached by `name` (`relay.crt`, `relay.key`).
 ///
 /// # Errors
 /// When a port is taken or the directory cannot be written.
@@ -94,13 +110,25 @@ pub async fn sandbox(
 ) -> anyhow::Result<()> {
     let options = sandbox::Options { listen, name, cyberscan_port: 8443, issuer_port: 8444 };
     let sandbox = Sandbox::start(options).await?;
-    sandbox.cyberscan.latency(Duration::from_millis(120));
+    sandbox.cyberscan.latency(LATENCY);
     sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value(FAILING).answer(503));
-    for (file, content) in [("ca.pem", &sandbox.ca_pem), ("token", &sandbox.token(audience))] {
+    let (certificate, key) = sandbox.certificate()?;
+    for (file, content) in [
+        ("ca.pem", sandbox.ca_pem.as_str()),
+        ("token", &sandbox.token(audience)),
+        ("client-id", sandbox::CLIENT_ID),
+        ("client-password", sandbox::CLIENT_PASSWORD),
+        ("relay.crt", &certificate),
+        ("relay.key", &key),
+    ] {
         std::fs::write(directory.join(file), content).with_context(|| format!("cannot write {file}"))?;
     }
-    let (cyberscan, issuer) = (sandbox.cyberscan.host(), sandbox.issuer.host());
-    say(&format!("A fake CyberScan at {cyberscan} and a fake key issuer at {issuer}.\n"))?;
+    let (cyberscan, platform) = (sandbox.cyberscan.host(), sandbox.platform.host());
+    say(&format!(
+        "A fake CyberScan at {cyberscan} and a fake SecureX/XDR, with its key issuer, at {platform}.\n\
+         Certificates, a token and the platform's API client are in {}.\n",
+        directory.display()
+    ))?;
     while shutdown.run_until_cancelled(sleep(Duration::from_secs(60))).await.is_some() {
         // It records every call, for tests; here nobody looks at them.
         sandbox.cyberscan.reset_counts();
@@ -158,51 +186,126 @@ fn popular() -> Value {
 /// What an operator would set to use this CyberScan and this key issuer.
 fn settings(sandbox: &Sandbox, certificate: &CertificateFile) -> Vec<(String, String)> {
     [
-        ("RELAY_AUTH_AUDIENCES", AUDIENCE.to_owned()),
+        ("RELAY_AUTH_AUDIENCES", URL.to_owned()),
         ("RELAY_AUTH_JWKS_HOSTS", sandbox.issuer.host()),
         ("RELAY_CYBERSCAN_HOSTS", sandbox.cyberscan.host()),
-        ("RELAY_EGRESS_ALLOW_CIDRS", "127.0.0.0/8,::1/128".to_owned()),
+        ("RELAY_EGRESS_ALLOW_CIDRS", PRIVATE.to_owned()),
         ("RELAY_EGRESS_EXTRA_CA_FILE", certificate.0.display().to_string()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
 }
 
-async fn show(sandbox: &Sandbox, address: SocketAddr, status: SocketAddr) -> anyhow::Result<()> {
-    let token = sandbox.token(AUDIENCE);
+/// Registers the relay at the platform and fills in its form, as an administrator does; the answer is the token that the
+/// platform sends from then on.
+async fn connect(
+    sandbox: &Sandbox,
+    certificate: &CertificateFile,
+    egress: &egress::Config,
+) -> anyhow::Result<String> {
+    let platform = sandbox.platform.host();
+    say(&format!(
+        "\n1. Its module type is registered at the platform, for the API client {} with the password {}. By hand:\n\n\
+         RELAY_EGRESS_EXTRA_CA_FILE={} RELAY_EGRESS_ALLOW_CIDRS={PRIVATE} \\\n\
+         cyberscan-relay module-type --register --platform-host {platform} --url {URL}\n\n",
+        sandbox::CLIENT_ID,
+        sandbox::CLIENT_PASSWORD,
+        certificate.0.display()
+    ))?;
+    let (http, host) = (Http::new(egress)?, platform.parse()?);
+    let client = Client::new(sandbox::CLIENT_ID, &sandbox::CLIENT_PASSWORD.into())?;
+    let module_type = ModuleType { url: URL.parse()?, audience: None, jwks_host: platform };
+    let at_platform = Platform { http: &http, host: &host, client: &client };
+    let registered = at_platform.register(&Action::Create, &module_type).await?;
+    say(&module_type::outcome(&host, &Action::Create, &registered))?;
+    say(&format!(
+        "\n2. An administrator fills in its form:\n\nAPI Key         {}\nCyberScan Host  {}\n\n",
+        sandbox::API_KEY,
+        sandbox.cyberscan.host()
+    ))?;
+    let instance = sandbox.platform.create_instance(&json!({
+        "name": "CyberScan",
+        "module_type_id": registered.id,
+        "visibility": "org",
+        "settings": {"custom_api_key": sandbox::API_KEY, "custom_host": sandbox.cyberscan.host()},
+    }));
+    let instance = instance.map_err(|faults| anyhow::anyhow!("the platform refuses the form: {faults}"))?;
+    sandbox.platform.token(&instance).map_err(anyhow::Error::msg)
+}
+
+fn show_endpoints(address: SocketAddr, token: &str) -> anyhow::Result<()> {
+    say(&format!(
+        "The platform signs this token with it, and sends it along with each question:\n\nTOKEN={token}\n\n\
+         Try each endpoint:\n\n\
+         curl -X POST http://{address}/health -H \"Authorization: Bearer $TOKEN\"\n\
+         curl -X POST http://{address}/observe/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"ip\",\"value\":\"203.0.113.10\"}}]'\n\
+         curl -X POST http://{address}/refer/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"domain\",\"value\":\"shop.example\"}}]'\n\
+         curl -X POST http://{address}/version\n\
+         curl http://{address}/watchdog -H 'Health-Check: ping'\n\
+         curl http://{address}/\n"
+    ))
+}
+
+/// Asks the same twice, and shows what the relay's memory saves.
+async fn investigate(sandbox: &Sandbox, address: SocketAddr, token: &str) -> anyhow::Result<()> {
     let observables = json!([
         {"type": "ip", "value": "203.0.113.10"},
         {"type": "domain", "value": "mail.example"},
         {"type": "sha256", "value": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
         {"type": "ip", "value": FAILING},
     ]);
-    say(&format!(
-        "The relay serves on http://{address}, with a fake CyberScan and a fake key issuer behind it.\n\
-         Its status page is http://{status}/\n\n\
-         A token, as SecureX would send it:\n\nTOKEN={token}\n\nTry each endpoint:\n\n\
-         curl -X POST http://{address}/health -H \"Authorization: Bearer $TOKEN\"\n\
-         curl -X POST http://{address}/observe/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"ip\",\"value\":\"203.0.113.10\"}}]'\n\
-         curl -X POST http://{address}/refer/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"domain\",\"value\":\"shop.example\"}}]'\n\
-         curl -X POST http://{address}/version\n\
-         curl http://{address}/watchdog -H 'Health-Check: ping'\n\
-         curl http://{address}/\n\n\
-         An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n"
-    ))?;
+    say(
+        "\n3. An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n",
+    )?;
+    let first = ask(sandbox, address, token, &observables).await?;
+    say(&table(&first.answer))?;
+    say("\n4. The same again, from memory:\n\n")?;
+    let again = ask(sandbox, address, token, &observables).await?;
+    say(&format!("       {:>9}  {:>9}  {:>18}\n", "SIGHTINGS", "TIME", "CALLS TO CYBERSCAN"))?;
+    for (name, asked) in [("first", &first), ("again", &again)] {
+        let milliseconds = format!("{:.1} ms", asked.took.as_secs_f64() * 1000.0);
+        say(&format!(
+            "{name}  {:>9}  {milliseconds:>9}  {:>18}\n",
+            sightings(&asked.answer).count(),
+            asked.calls
+        ))?;
+    }
+    Ok(())
+}
+
+/// What the relay answers, how long that takes, and how often CyberScan is called for it.
+struct Asked {
+    answer: Value,
+    took: Duration,
+    calls: usize,
+}
+
+async fn ask(
+    sandbox: &Sandbox,
+    address: SocketAddr,
+    token: &str,
+    observables: &Value,
+) -> anyhow::Result<Asked> {
     let request = Request::post("/observe/observables")
         .header(header::HOST, address.to_string())
         .header(header::AUTHORIZATION, format!("Bearer {token}"))
         .body(Full::from(Bytes::from(observables.to_string())))?;
+    let (before, start) = (sandbox.cyberscan.calls().len(), Instant::now());
     let answer = probe::call(address, request).await?;
-    let answer: Value = serde_json::from_slice(answer.body()).context("the relay's answer is no JSON")?;
-    say(&table(&answer))
+    let (took, calls) = (start.elapsed(), sandbox.cyberscan.calls().len() - before);
+    let answer = serde_json::from_slice(answer.body()).context("the relay's answer is no JSON")?;
+    Ok(Asked { answer, took, calls })
+}
+
+fn sightings(answer: &Value) -> impl Iterator<Item = &Value> {
+    answer.pointer("/data/sightings/docs").and_then(Value::as_array).into_iter().flatten()
 }
 
 /// The sightings and errors of an answer, for a person.
 fn table(answer: &Value) -> String {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("-").to_owned();
-    let all = |pointer: &str| answer.pointer(pointer).and_then(Value::as_array).into_iter().flatten();
     let mut rows = vec![["SEVERITY", "CONFIDENCE", "OBSERVABLE", "CVE", "TITLE"].map(String::from)];
-    rows.extend(all("/data/sightings/docs").map(|doc| {
+    rows.extend(sightings(answer).map(|doc| {
         ["/severity", "/confidence", "/observables/0/value", "/external_ids/0", "/title"]
             .map(|pointer| text(doc.pointer(pointer)))
     }));
@@ -220,7 +323,7 @@ fn table(answer: &Value) -> String {
         shown.push('\n');
     }
     shown += &format!("\n{} sightings\n", rows.len() - 1);
-    for error in all("/errors") {
+    for error in answer.get("errors").and_then(Value::as_array).into_iter().flatten() {
         let [severity, code, message] = ["type", "code", "message"].map(|key| text(error.get(key)));
         shown += &format!("{severity}: {code}: {message}\n");
     }

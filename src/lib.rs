@@ -28,6 +28,7 @@ pub mod settings;
 pub mod admin;
 pub mod app;
 pub mod probe;
+pub mod module_type;
 pub mod demo;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]

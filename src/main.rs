@@ -14,7 +14,7 @@ use cyberscan_relay::{
     app, demo, doctor,
     hardening::{self, Hardened},
     http::server,
-    probe, settings,
+    module_type, probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
 };
@@ -68,6 +68,8 @@ enum Command {
     Healthcheck,
     /// Have a relay running on this machine, and all replicas, forget answers; needs `admin.token`.
     Purge(What),
+    /// Print the module type by which SecureX/XDR learns of this relay, or register it.
+    ModuleType(Box<module_type::Options>),
     /// Run the fake CyberScan and key issuer alone, for a relay elsewhere; for demonstrations.
     Sandbox {
         /// The address to listen on.
@@ -167,6 +169,9 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
         }
         Command::Man => Ok(clap_mangen::Man::new(CommandLine::command()).render(&mut std::io::stdout())?),
         Command::Purge(what) => runtime.block_on(purge(&settings()?, &what)),
+        Command::ModuleType(options) => {
+            runtime.block_on(module_type::run(&options, || Ok(settings()?.egress)))
+        }
         Command::Sandbox { listen, name, directory, audience } => runtime.block_on(async {
             let shutdown = shutdown_on_signals()?;
             demo::sandbox(listen, name, &directory, &audience, shutdown).await

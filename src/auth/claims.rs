@@ -390,10 +390,13 @@ mod tests {
     fn the_module_type_asks_for_the_claims_that_are_read() {
         let module: Value =
             serde_json::from_str(include_str!("../../deploy/securex/module_type.json")).unwrap();
-        let asked = module["configuration_spec"].as_array().unwrap().iter();
-        let mut asked: Vec<&str> = asked.map(|field| field["key"].as_str().unwrap()).collect();
-        asked.sort_unstable();
-        assert_eq!(asked, ["custom_CTR_ENTITIES_LIMIT", "custom_api_key", "custom_host", "custom_jwks_host"]);
+        let fields = module["configuration_spec"].as_array().unwrap().iter();
+        let fields = fields.map(|field| field["key"].as_str().unwrap());
+        let properties = module["properties"].as_object().unwrap().keys().map(String::as_str);
+        let mut claims: Vec<&str> =
+            fields.chain(properties).filter_map(|key| key.strip_prefix("custom_")).collect();
+        claims.sort_unstable();
+        assert_eq!(claims, ["CTR_ENTITIES_LIMIT", "api_key", "host", "jwks_host"]);
     }
 
     #[test]

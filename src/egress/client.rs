@@ -46,7 +46,7 @@ pub struct Call<'a> {
     pub path: &'a str,
     /// Headers; secret values are marked sensitive.
     pub headers: HeaderMap,
-    /// A JSON body.
+    /// A body: JSON, unless `headers` say of what type it is.
     pub json: Option<Bytes>,
     /// The most bytes of (decoded) body that are read.
     pub limit: usize,
@@ -137,10 +137,13 @@ impl Http {
 
     async fn exchange(&self, call: Call<'_>) -> Result<Reply, Transport> {
         let url = url(call.host, call.path).ok_or(Transport::Refused)?;
-        let mut request = self.client.request(call.method, url).headers(call.headers);
-        if let Some(json) = call.json {
-            request =
-                request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json")).body(json);
+        let mut headers = call.headers;
+        if call.json.is_some() {
+            headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
+        }
+        let mut request = self.client.request(call.method, url).headers(headers);
+        if let Some(body) = call.json {
+            request = request.body(body);
         }
         let mut response = request.send().await.map_err(|error| classify(&error))?;
         let mut body = BytesMut::new();

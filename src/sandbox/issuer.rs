@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 
 use super::{
     jws, lock,
-    tls::{self, Answer, Body, Lifetime, Listener},
+    tls::{self, Answer, Body, Listener},
 };
 
 /// How the issuer answers a fetch of its keys.
@@ -71,7 +71,8 @@ struct State {
 }
 
 impl FakeIssuer {
-    pub(super) async fn start(listener: Listener, name: &str, lifetime: Lifetime) -> io::Result<Self> {
+    /// An issuer to be reached at `listener`, which whoever shares it with this issuer serves.
+    pub(super) async fn at(listener: &Listener, name: &str) -> io::Result<Self> {
         let state =
             State { current: Key::generate().await?, old: Vec::new(), behaviour: IssuerBehaviour::Keys };
         let shared = Shared {
@@ -80,9 +81,7 @@ impl FakeIssuer {
             fetches: AtomicU64::new(0),
             state: Mutex::new(state),
         };
-        let issuer = Self { shared: Arc::new(shared) };
-        listener.serve(issuer.clone(), lifetime);
-        Ok(issuer)
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Where it listens, as `jwks_host` has it: `localhost:41234`.

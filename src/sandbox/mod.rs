@@ -1,8 +1,8 @@
-//! Owns a world to run the relay in: a fake CyberScan and a fake key issuer, both over HTTPS, in this process.
+//! Owns a world to run the relay in: a fake CyberScan, and a fake platform that is its own key issuer, both over HTTPS, in this process.
 //! Must not know the relay: it speaks to it only through sockets, and no module but the demo, tests and benches uses it.
 //!
-//! Reading order: `cyberscan` (API, scripts, records of calls), `issuer` (JWKS and tokens), `data` (what CyberScan knows),
-//! `tls` (certificates and the listener both share).
+//! Reading order: `cyberscan` (API, scripts, records of calls), `issuer` (JWKS and tokens), `platform` (module types and
+//! what tokens come of them), `data` (what CyberScan knows), `tls` (certificates and the listener of both).
 
 use std::{
     io,
@@ -18,10 +18,12 @@ use tokio_util::sync::DropGuard;
 mod cyberscan;
 mod data;
 mod issuer;
+mod platform;
 mod tls;
 
 pub use cyberscan::{Behaviour, Call, FakeCyberScan, Recorded, Rule};
 pub use issuer::{FakeIssuer, IssuerBehaviour};
+pub use platform::{CLIENT_ID, CLIENT_PASSWORD, FakePlatform, PlatformBehaviour};
 
 /// The API key the fake CyberScan accepts from the start.
 pub const API_KEY: &str = "sandbox-key";
@@ -35,7 +37,7 @@ pub struct Options {
     pub name: String,
     /// CyberScan's port, 0 for a free one.
     pub cyberscan_port: u16,
-    /// The issuer's port, 0 for a free one.
+    /// The port of issuer and platform, 0 for a free one.
     pub issuer_port: u16,
 }
 
@@ -58,6 +60,10 @@ pub struct Sandbox {
     pub cyberscan: FakeCyberScan,
     /// The fake key issuer.
     pub issuer: FakeIssuer,
+    /// The fake platform; it answers where the issuer does.
+    pub platform: FakePlatform,
+    authority: tls::Authority,
+    names: Vec<String>,
     lifetime: tls::Lifetime,
     _stop: DropGuard,
 }
@@ -69,10 +75,7 @@ impl Sandbox {
     /// If an address cannot be bound, `name` fits no certificate, or a key cannot be made.
     pub async fn start(options: Options) -> io::Result<Self> {
         let authority = tls::Authority::new()?;
-        let names = [&options.name, "localhost", "127.0.0.1", "::1"]
-            .map(str::to_owned)
-            .into_iter()
-            .collect::<Vec<String>>();
+        let names: Vec<String> = [&options.name, "localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
         let bind = async |port| {
             tls::Listener::bind(SocketAddr::new(options.listen, port), authority.server_config(&names)?).await
         };
@@ -80,10 +83,29 @@ impl Sandbox {
         let stop = lifetime.shutdown.clone().drop_guard();
         let cyberscan =
             FakeCyberScan::start(bind(options.cyberscan_port).await?, &options.name, lifetime.clone())?;
-        let issuer =
-            FakeIssuer::start(bind(options.issuer_port).await?, &options.name, lifetime.clone()).await?;
+        let listener = bind(options.issuer_port).await?;
+        let issuer = FakeIssuer::at(&listener, &options.name).await?;
+        let platform = FakePlatform::start(listener, issuer.clone(), lifetime.clone());
         cyberscan.accept_key(API_KEY);
-        Ok(Self { ca_pem: authority.ca_pem(), cyberscan, issuer, lifetime, _stop: stop })
+        Ok(Self {
+            ca_pem: authority.ca_pem(),
+            cyberscan,
+            issuer,
+            platform,
+            authority,
+            names,
+            lifetime,
+            _stop: stop,
+        })
+    }
+
+    /// A certificate and its key, as PEM, for a relay that is reached by the names of the fakes.
+    ///
+    /// # Errors
+    /// If no key can be made.
+    pub fn certificate(&self) -> io::Result<(String, String)> {
+        let (certificate, key) = self.authority.certificate(&self.names)?;
+        Ok((certificate.pem(), key.serialize_pem()))
     }
 
     /// The payload of a token that the relay accepts: `jwks_host`, `aud`, `api_key`, `host`.
@@ -132,7 +154,9 @@ fn jws(header: &Value, claims: &Value, sign: impl FnOnce(&[u8]) -> Vec<u8>) -> S
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
     use super::*;
 
@@ -170,6 +194,25 @@ mod tests {
         let url = format!("https://{}/.well-known/jwks", other.issuer.host());
         assert!(client(&one).get(url).send().await.unwrap_err().is_connect());
         assert_eq!((other.issuer.connections(), other.issuer.fetches()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn its_certificate_for_a_relay_is_believed_by_whoever_believes_the_sandbox() {
+        let sandbox = sandbox().await;
+        let (certificate, key) = sandbox.certificate().unwrap();
+        let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let listener = tls::Listener::bind("127.0.0.1:0".parse().unwrap(), config).await.unwrap();
+        let url = format!("https://localhost:{}/.well-known/jwks", listener.port().unwrap());
+        listener.serve(sandbox.issuer.clone(), sandbox.lifetime.clone());
+        assert_eq!(client(&sandbox).get(url).send().await.unwrap().status(), 200);
     }
 
     #[tokio::test]

@@ -21,7 +21,9 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose,
+};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
@@ -54,12 +56,18 @@ impl Authority {
         self.issuer.pem()
     }
 
-    /// A server configuration with a new certificate for `names` (DNS names or IP addresses), HTTP/1.1 only.
-    pub(super) fn server_config(&self, names: &[String]) -> io::Result<rustls::ServerConfig> {
+    /// A new certificate for `names` (DNS names or IP addresses), and its key.
+    pub(super) fn certificate(&self, names: &[String]) -> io::Result<(Certificate, KeyPair)> {
         let mut params = CertificateParams::new(names).map_err(io::Error::other)?;
         params.distinguished_name.push(DnType::CommonName, "cyberscan-relay sandbox");
         let key = KeyPair::generate().map_err(io::Error::other)?;
         let certificate = params.signed_by(&key, &self.issuer).map_err(io::Error::other)?;
+        Ok((certificate, key))
+    }
+
+    /// A server configuration with a new certificate for `names`, HTTP/1.1 only.
+    pub(super) fn server_config(&self, names: &[String]) -> io::Result<rustls::ServerConfig> {
+        let (certificate, key) = self.certificate(names)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         // The provider is named: the sandbox must not depend on which one the process installed as its default.
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -20,12 +20,15 @@ async fn output(mut command: Command) -> (bool, String, String) {
 }
 
 #[tokio::test]
-async fn the_demo_shows_an_investigation_and_ends_when_told_to() {
+async fn the_demo_shows_the_first_day_and_ends_when_told_to() {
     let mut command = relay();
     command.args(["demo", "--once", "--listen", "127.0.0.1:0"]);
     let (success, shown, errors) = output(command).await;
     assert!(success, "{errors}");
     for words in [
+        "module-type --register",
+        "Registered at localhost:",
+        "CyberScan Host  localhost:",
         "TOKEN=ey",
         "curl -X POST",
         "203.0.113.10",
@@ -36,6 +39,15 @@ async fn the_demo_shows_an_investigation_and_ends_when_told_to() {
     ] {
         assert!(shown.contains(words), "{words} is missing:\n{shown}");
     }
+    // Sightings, time, its unit, calls.
+    let row = |name: &str| {
+        let row = shown.lines().find(|line| line.starts_with(name)).unwrap();
+        row.split_whitespace().skip(1).map(str::to_owned).collect::<Vec<String>>()
+    };
+    let (first, again) = (row("first "), row("again "));
+    let time = |row: &[String]| row[1].parse::<f64>().unwrap();
+    assert_eq!([&first[0], &again[0], &again[3]], ["14", "14", "0"], "{shown}");
+    assert!(time(&again) < time(&first) && first[3] != "0", "{shown}");
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ mod command_line;
 mod doctor;
 mod enrichment;
 mod faults;
+mod first_day;
 mod golden;
 mod in_front;
 mod limits;
