@@ -67,11 +67,37 @@ impl ModuleType {
         self.audience.as_ref().map_or(&self.url.0, |audience| &audience.0)
     }
 
+    /// The audience as a property, where tokens are not made for the URL.
+    fn audience_property(&self) -> Option<Value> {
+        (self.audience() != self.url.0).then(|| self.audience().into())
+    }
+
     /// The document as it is registered. The claims of a token are the form's values and the `custom_` properties, each
     /// without that prefix.
     #[must_use]
     pub fn document(&self) -> Value {
-        let mut document = json!({
+        self.with_audience(self.audience_property())
+    }
+
+    /// What makes a registered module type this one. It is merged into what is there, so that an audience which is not
+    /// wanted any more is taken away by name.
+    #[must_use]
+    pub fn patch(&self) -> Value {
+        self.with_audience(Some(self.audience_property().unwrap_or(Value::Null)))
+    }
+
+    fn with_audience(&self, audience: Option<Value>) -> Value {
+        let mut properties = json!({
+            "supported-apis": ["health", "observe/observables", "refer/observables"],
+            "auth-type": "configuration-token",
+            "configuration-token-alg": "RS256",
+            "custom_jwks_host": self.jwks_host,
+            "url": self.url.0
+        });
+        if let (Some(properties), Some(audience)) = (properties.as_object_mut(), audience) {
+            properties.insert(AUDIENCE.to_owned(), audience);
+        }
+        json!({
             "title": "CyberScan",
             "default_name": "CyberScan",
             "short_description": "Vulnerabilities that CyberScan has found at an IP address or a domain.",
@@ -106,30 +132,9 @@ impl ModuleType {
                 {"id": "observe", "description": "Enrichments"},
                 {"id": "refer", "description": "Reference links"}
             ],
-            "properties": {
-                "supported-apis": ["health", "observe/observables", "refer/observables"],
-                "auth-type": "configuration-token",
-                "configuration-token-alg": "RS256",
-                "custom_jwks_host": self.jwks_host,
-                "url": self.url.0
-            },
+            "properties": properties,
             "logo": LOGO
-        });
-        if self.audience() != self.url.0 {
-            document["properties"][AUDIENCE] = self.audience().into();
-        }
-        document
-    }
-
-    /// What makes a registered module type this one. It is merged into what is there, so that an audience which is not
-    /// wanted any more is taken away by name.
-    #[must_use]
-    pub fn patch(&self) -> Value {
-        let mut document = self.document();
-        if document["properties"].get(AUDIENCE).is_none() {
-            document["properties"][AUDIENCE] = Value::Null;
-        }
-        document
+        })
     }
 }
 
