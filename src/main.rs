@@ -148,7 +148,7 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
             demo::run(listen, once, shutdown).await
         }),
         Command::Check => check(&settings()?),
-        Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
+        Command::Healthcheck => runtime.block_on(healthcheck(&settings()?)),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
@@ -210,9 +210,13 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn healthcheck(listen: SocketAddr) -> anyhow::Result<()> {
+async fn healthcheck(settings: &Settings) -> anyhow::Result<()> {
     let request = Request::get("/watchdog").header("host", "localhost").header("health-check", "ok");
-    let answer = probe::call(listen, request.body(Full::default())?).await?;
+    let request = request.body(Full::default())?;
+    let answer = match settings.http.tls {
+        Some(_) => probe::call_tls(settings.listen, request).await?,
+        None => probe::call(settings.listen, request).await?,
+    };
     ensure!(answer.status().is_success(), "the relay answered with status {}", answer.status());
     Ok(())
 }

@@ -6,6 +6,8 @@
 //! a peer that does not read, `LINGER` for the last bytes of a request that was answered early.
 //! None runs while the service works: the service bounds its own time and that of the body. hyper
 //! has one time-out for head and idling together, so it stays off and the clocks are kept here.
+//! Behind TLS all of it is the same: a handshake is a part of the time a fresh connection has for its
+//! first head, and until then the connection waits like any other.
 //!
 //! When the house is full, a new connection takes the place of the one that has waited longest for a
 //! request. A working connection is never closed for another; one that begins a request in the
@@ -15,7 +17,7 @@ use std::{
     collections::BTreeMap,
     convert::Infallible,
     error::Error as StdError,
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     io,
     net::SocketAddr,
     num::NonZeroUsize,
@@ -26,8 +28,9 @@ use std::{
 };
 
 use hyper::{
-    Request, Response,
+    Request, Response, Version,
     body::{Body, Frame, Incoming, SizeHint},
+    header::{CONNECTION, HeaderValue},
     server::conn::http1,
     service::{Service, service_fn},
 };
@@ -38,11 +41,16 @@ use tokio::{
     sync::Notify,
     time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_rustls::server::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use super::framing::{Guard, MAX_HEAD};
-use crate::metrics::Metrics;
+use super::{
+    framing::{Guard, MAX_HEAD, Refusal},
+    refusals::Refusals,
+    tls::{Stream, TlsAcceptor},
+};
+use crate::metrics::{Handshake, Listener, Metrics, Refused};
 
 /// Fields of a request head, at most.
 pub(super) const MAX_FIELDS: usize = 64;
@@ -74,9 +82,31 @@ pub struct Config {
     pub shutdown_timeout: Duration,
 }
 
-/// The address at the other end of the connection, in every request's extensions.
+/// What is known of the connection, in every request's extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer(pub SocketAddr);
+pub struct Peer {
+    /// The address at its other end.
+    pub address: SocketAddr,
+    /// Whether it is TLS of our own.
+    pub tls: bool,
+}
+
+/// What a listener is beside its socket.
+pub struct Front {
+    /// Which one.
+    pub listener: Listener,
+    /// Takes its connections, where it speaks TLS.
+    pub tls: Option<TlsAcceptor>,
+    /// Where its connections and refusals are counted.
+    pub metrics: Metrics,
+}
+
+/// The public listener, without TLS.
+impl From<Metrics> for Front {
+    fn from(metrics: Metrics) -> Self {
+        Self { listener: Listener::Public, tls: None, metrics }
+    }
+}
 
 /// Listens on `address`, with a queue that a storm of connections does not fill.
 ///
@@ -97,7 +127,7 @@ pub async fn serve<A, S, B>(
     mut listener: A,
     service: S,
     config: Config,
-    metrics: Metrics,
+    front: impl Into<Front>,
     shutdown: CancellationToken,
 ) where
     A: Accept,
@@ -107,6 +137,8 @@ pub async fn serve<A, S, B>(
     B::Data: Send,
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
+    let front = front.into();
+    let refusals = Refusals::new(front.listener, front.metrics.clone());
     let house = Arc::new(House::new(config.max_connections));
     let tasks = TaskTracker::new();
     let abort = CancellationToken::new();
@@ -128,16 +160,28 @@ pub async fn serve<A, S, B>(
             };
             pauses.over();
             let seat = House::admit(&house, shutdown.child_token()).await;
-            let connection = attend(io, peer, service.clone(), seat, config.clone());
+            let connection = Connection {
+                peer: Peer { address: peer, tls: front.tls.is_some() },
+                seat,
+                config: config.clone(),
+                refusals: refusals.clone(),
+            };
+            let connection = connection.attend(io, front.tls.clone(), service.clone());
             let abort = abort.clone();
-            let open = Open::new(&metrics);
+            let open = Open::new(&front);
             tasks.spawn(async move {
                 let _open = open;
                 abort.run_until_cancelled(connection).await
             });
         }
     };
-    let _: Option<Infallible> = shutdown.run_until_cancelled(accepting).await;
+    let serving = async {
+        tokio::select! {
+            never = accepting => never,
+            never = refusals.report() => never,
+        }
+    };
+    let _: Option<Infallible> = shutdown.run_until_cancelled(serving).await;
 
     drop(listener);
     tasks.close();
@@ -148,13 +192,15 @@ pub async fn serve<A, S, B>(
     }
 }
 
-/// Counts a connection as open until it is dropped.
+/// Counts a client's connection as open until it is dropped; those of operators are not clients'.
 struct Open(Metrics);
 
 impl Open {
-    fn new(metrics: &Metrics) -> Self {
-        metrics.connections.add((), 1);
-        Self(metrics.clone())
+    fn new(front: &Front) -> Option<Self> {
+        (front.listener == Listener::Public).then(|| {
+            front.metrics.connections.add((), 1);
+            Self(front.metrics.clone())
+        })
     }
 }
 
@@ -293,14 +339,17 @@ impl House {
         turn
     }
 
-    fn end_wait(&self, turn: u64) {
+    /// Says whether the connection had been asked to leave.
+    fn end_wait(&self, turn: u64) -> bool {
         let mut rooms = self.rooms();
-        if rooms.waiting.remove(&turn).is_none() {
-            // Evicted in this very moment. Should it work now, another has to go in its stead.
+        let evicted = rooms.waiting.remove(&turn).is_none();
+        if evicted {
+            // In this very moment. Should it work now, another has to go in its stead.
             rooms.leaving -= 1;
             drop(rooms);
             self.changed.notify_one();
         }
+        evicted
     }
 
     fn exit(&self) {
@@ -358,6 +407,14 @@ impl Seat {
         InFlight(Arc::clone(self))
     }
 
+    /// Ends the connection's waiting with the connection; says whether it was asked to leave.
+    fn end_wait(&self) -> bool {
+        match std::mem::replace(&mut self.state().doing, Doing::Flushing) {
+            Doing::Waiting { turn, .. } => self.house.end_wait(turn),
+            Doing::Answering | Doing::Flushing => false,
+        }
+    }
+
     fn wait(&self, state: &mut State) {
         state.doing =
             Doing::Waiting { since: Instant::now(), turn: self.house.begin_wait(self.leave.clone()) };
@@ -390,24 +447,26 @@ impl Seat {
         self.state().closing.get_or_insert_with(Instant::now);
     }
 
-    /// When the connection has to end unless something happens before; `None` for never.
-    fn deadline(&self, partial_head: Option<u64>, config: &Config) -> Option<Instant> {
+    /// When the connection has to end unless something happens before, and what is refused by that, if
+    /// anything is; `None` for never.
+    fn deadline(&self, partial_head: Option<u64>, config: &Config) -> Option<(Instant, Option<Refused>)> {
         let mut state = self.state();
-        let (since, limit) = match (state.closing, state.stalled, state.doing) {
-            (Some(since), _, _) => (since, LINGER),
-            (None, Some((since, _)), _) => (since, WRITE_TIMEOUT),
+        let (since, limit, refused) = match (state.closing, state.stalled, state.doing) {
+            (Some(since), _, _) => (since, LINGER, None),
+            (None, Some((since, _)), _) => (since, WRITE_TIMEOUT, None),
             (None, None, Doing::Answering | Doing::Flushing) => return None,
             (None, None, Doing::Waiting { since, .. }) => {
                 let seen = state.head.filter(|&(head, _)| Some(head) == partial_head);
                 state.head = seen.or(partial_head.map(|head| (head, Instant::now())));
-                match state.head {
-                    _ if state.fresh => (since, config.header_timeout),
-                    Some((_, first_seen)) => (first_seen, config.header_timeout),
-                    None => (since, config.idle_timeout),
+                match (state.head, state.fresh) {
+                    (None, true) => (since, config.header_timeout, Some(Refused::NoRequest)),
+                    (Some(_), true) => (since, config.header_timeout, Some(Refused::HeaderTimeout)),
+                    (Some((_, since)), false) => (since, config.header_timeout, Some(Refused::HeaderTimeout)),
+                    (None, false) => (since, config.idle_timeout, None),
                 }
             }
         };
-        since.checked_add(limit)
+        Some((since.checked_add(limit)?, refused))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -417,9 +476,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if let Doing::Waiting { turn, .. } = self.state().doing {
-            self.house.end_wait(turn);
-        }
+        self.end_wait();
         self.house.exit();
     }
 }
@@ -433,68 +490,153 @@ impl Drop for InFlight {
     }
 }
 
-/// Drives one connection to its end.
-async fn attend<IO, S, B>(io: IO, peer: SocketAddr, service: S, seat: Arc<Seat>, config: Config)
-where
-    IO: AsyncRead + AsyncWrite + Unpin,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-    B: Body + Unpin + 'static,
-    B::Error: Into<Box<dyn StdError + Send + Sync>>,
-{
-    let guard = Guard::new(Watched { io, seat: Arc::clone(&seat) });
-    let progress = guard.progress();
-    let called = Arc::clone(&seat);
-    let answering = service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(Peer(peer));
-        let in_flight = called.begin_answer();
-        let answer = service.call(request);
-        async move {
-            let answer: Result<_, Infallible> = answer.await;
-            answer.map(|response| response.map(|body| Answer { body, in_flight }))
-        }
-    });
-    let mut connection = pin!(
-        http1::Builder::new()
-            .header_read_timeout(None)
-            .max_buf_size(MAX_HEAD)
-            .max_headers(MAX_FIELDS)
-            .keep_alive(true)
-            .half_close(false)
-            .pipeline_flush(false)
-            .serve_connection(TokioIo::new(guard), answering)
-    );
-    let mut leave = pin!(seat.leave.cancelled());
-    let mut alarm = pin!(sleep_until(Instant::now()));
-    let mut leaving = false;
+/// One connection, from accept to its end.
+struct Connection {
+    peer: Peer,
+    seat: Arc<Seat>,
+    config: Config,
+    refusals: Refusals,
+}
 
-    // All that moves a clock happens while the connection is polled, so looking at the clocks after
-    // each poll is enough.
-    poll_fn(|cx| {
-        loop {
-            if let Poll::Ready(end) = connection.as_mut().poll(cx) {
-                if let Err(error) = end {
-                    debug!(%error, "connection closed");
-                }
-                return Poll::Ready(());
-            }
-            if !leaving && leave.as_mut().poll(cx).is_ready() {
-                leaving = true;
-                connection.as_mut().graceful_shutdown();
-                continue;
-            }
-            if leaving && seat.is_waiting() {
-                return Poll::Ready(());
-            }
-            let Some(deadline) = seat.deadline(progress.partial_head(), &config) else {
-                return Poll::Pending;
-            };
-            if alarm.deadline() != deadline {
-                alarm.as_mut().reset(deadline);
-            }
-            return alarm.as_mut().poll(cx);
+impl Connection {
+    /// Drives it to its end.
+    async fn attend<IO, S, B>(self, io: IO, tls: Option<TlsAcceptor>, service: S)
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+        B: Body + Unpin + 'static,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        // Below TLS: there alone it shows whether the peer takes what is written.
+        let io = Watched { io, seat: Arc::clone(&self.seat) };
+        let refused = match tls {
+            None => self.converse(Stream::Plain(io), service).await,
+            Some(acceptor) => match self.shake_hands(&acceptor, io).await {
+                Ok(io) => self.converse(Stream::Tls(Box::new(io)), service).await,
+                Err(refused) => refused,
+            },
+        };
+        let evicted = self.seat.end_wait().then_some(Refused::ConnectionLimit);
+        if let Some(reason) = refused.or(evicted) {
+            self.refusals.note(reason, self.peer.address);
         }
-    })
-    .await;
+    }
+
+    /// The TLS handshake, within the time for a first head.
+    async fn shake_hands<IO>(&self, acceptor: &TlsAcceptor, io: IO) -> Result<TlsStream<IO>, Option<Refused>>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+    {
+        let end = self.seat.deadline(None, &self.config);
+        let end = async {
+            match end {
+                Some((end, _)) => sleep_until(end).await,
+                None => pending().await,
+            }
+        };
+        let shaken = tokio::select! {
+            biased;
+            shaken = acceptor.accept(io) => shaken,
+            () = self.seat.leave.cancelled() => Err(Handshake::Evicted),
+            () = end => Err(Handshake::Timeout),
+        };
+        self.refusals.handshake(shaken.as_ref().err().copied().unwrap_or(Handshake::Ok));
+        shaken.map_err(|outcome| match outcome {
+            // Whoever leaves was not refused; whoever was evicted is told apart from a drain elsewhere.
+            Handshake::Ok | Handshake::Closed | Handshake::Evicted => None,
+            _ => Some(Refused::Handshake),
+        })
+    }
+
+    /// Requests and answers; says what was refused in the end, if anything was.
+    async fn converse<IO, S, B>(&self, io: IO, service: S) -> Option<Refused>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+        B: Body + Unpin + 'static,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let Self { peer, seat, config, .. } = self;
+        let (peer, called, refusals) = (*peer, Arc::clone(seat), self.refusals.clone());
+        let guard = Guard::new(io);
+        let progress = guard.progress();
+        let answering = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            if !request.uri().path().starts_with('/') {
+                refusals.note(Refused::NoPath, peer.address);
+            }
+            let version = request.version();
+            let in_flight = called.begin_answer();
+            let answer = service.call(request);
+            async move {
+                let answer: Result<_, Infallible> = answer.await;
+                answer.map(|response| closing_old(version, response.map(|body| Answer { body, in_flight })))
+            }
+        });
+        let mut connection = pin!(
+            http1::Builder::new()
+                .header_read_timeout(None)
+                .max_buf_size(MAX_HEAD)
+                .max_headers(MAX_FIELDS)
+                .keep_alive(true)
+                .half_close(false)
+                .pipeline_flush(false)
+                .serve_connection(TokioIo::new(guard), answering)
+        );
+        let mut leave = pin!(seat.leave.cancelled());
+        let mut alarm = pin!(sleep_until(Instant::now()));
+        let mut leaving = false;
+
+        // All that moves a clock happens while the connection is polled, so looking at the clocks after
+        // each poll is enough.
+        poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+                    let Err(error) = end else { return Poll::Ready(None) };
+                    debug!(%error, "connection closed");
+                    return Poll::Ready(refused_head(&error, progress.refusal()));
+                }
+                if !leaving && leave.as_mut().poll(cx).is_ready() {
+                    leaving = true;
+                    connection.as_mut().graceful_shutdown();
+                    continue;
+                }
+                if leaving && seat.is_waiting() {
+                    return Poll::Ready(None);
+                }
+                let Some((deadline, refused)) = seat.deadline(progress.partial_head(), config) else {
+                    return Poll::Pending;
+                };
+                if alarm.deadline() != deadline {
+                    alarm.as_mut().reset(deadline);
+                }
+                return alarm.as_mut().poll(cx).map(|()| refused);
+            }
+        })
+        .await
+    }
+}
+
+/// Why a connection that ended with `error` did not get its last head to the service, if that is what ended it.
+fn refused_head(error: &hyper::Error, refusal: Option<Refusal>) -> Option<Refused> {
+    match refusal {
+        Some(Refusal::Malformed) => Some(Refused::Malformed),
+        Some(Refusal::TooLarge) => Some(Refused::HeadTooLarge),
+        Some(Refusal::Version) => Some(Refused::Version),
+        Some(Refusal::Tls) => Some(Refused::TlsToPlain),
+        // hyper has a few opinions of its own.
+        None if error.is_parse_too_large() => Some(Refused::HeadTooLarge),
+        None => error.is_parse().then_some(Refused::Malformed),
+    }
+}
+
+/// The answer to an HTTP/1.0 request is the connection's last, also where the request asks for more, which
+/// hyper would grant.
+pub(super) fn closing_old<B>(version: Version, mut answer: Response<B>) -> Response<B> {
+    if version < Version::HTTP_11 {
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
 }
 
 /// The body of an answer; the request is in flight for as long as it lives.
@@ -586,7 +728,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, future::pending};
+    use std::collections::VecDeque;
 
     use bytes::Bytes;
     use http_body_util::{BodyExt, Full};
