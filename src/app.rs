@@ -136,8 +136,7 @@ pub async fn run(
         sleep(settings.shutdown_delay).await;
         draining.cancel();
     };
-    let serving =
-        http::server::serve(listener, service, settings.http.connections, front, draining.clone());
+    let serving = http::server::serve(listener, service, settings.http.connections, front, draining.clone());
     tokio::join!(serving, tell);
     background.cancel();
     tasks.close();

@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
     app, demo,
     hardening::{self, Hardened},
-    http::server,
+    http::{server, tls::Pair},
     probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
@@ -203,6 +203,9 @@ async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
 }
 
 fn check(settings: &Settings) -> anyhow::Result<()> {
+    if let Some(files) = &settings.http.tls {
+        Pair::load(files)?;
+    }
     let mut out = std::io::stdout().lock();
     for key in settings.effective() {
         writeln!(out, "{} = {}  # {}", key.key, key.value, key.source)?;

@@ -42,7 +42,10 @@ pub async fn call(listener: SocketAddr, request: Request<Full<Bytes>>) -> anyhow
 ///
 /// # Errors
 /// When there is no complete answer.
-pub async fn call_tls(listener: SocketAddr, request: Request<Full<Bytes>>) -> anyhow::Result<Response<Bytes>> {
+pub async fn call_tls(
+    listener: SocketAddr,
+    request: Request<Full<Bytes>>,
+) -> anyhow::Result<Response<Bytes>> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()?

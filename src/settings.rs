@@ -462,20 +462,15 @@ impl Reader {
         }
     }
 
-    /// The files of HTTPS: both or none, and a pair that can be served with.
+    /// The files of HTTPS: both or none. What is in them is for `serve` and `check` alone: a renewal that went
+    /// wrong must not fail a health check while the relay goes on with what it has.
     fn tls(&mut self) -> Option<Option<http::tls::Config>> {
-        use http::tls::{CERTIFICATE, Config, KEY, Pair};
+        use http::tls::{CERTIFICATE, Config, KEY};
         const EXPECTED: &str = "the path of a PEM file";
         let (certificate, key) = (self.optional(CERTIFICATE, EXPECTED), self.optional(KEY, EXPECTED));
         match (certificate?, key?) {
             (None, None) => Some(None),
-            (Some(certificate), Some(key)) => {
-                let files = Config { certificate, key };
-                match Pair::load(&files) {
-                    Ok(_) => Some(Some(files)),
-                    Err(error) => self.fault(error.setting, format!("{}: {}", error.path.display(), error.fault)),
-                }
-            }
+            (Some(certificate), Some(key)) => Some(Some(Config { certificate, key })),
             (Some(_), None) => self.fault(KEY, format!("expected {EXPECTED}, because {CERTIFICATE} is set")),
             (None, Some(_)) => self.fault(CERTIFICATE, format!("expected {EXPECTED}, because {KEY} is set")),
         }

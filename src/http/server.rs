@@ -634,6 +634,7 @@ fn refused_head(error: &hyper::Error, refusal: Option<Refusal>) -> Option<Refuse
 /// hyper would grant.
 pub(super) fn closing_old<B>(version: Version, mut answer: Response<B>) -> Response<B> {
     if version < Version::HTTP_11 {
+        *answer.version_mut() = Version::HTTP_10;
         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     answer
@@ -732,13 +733,20 @@ mod tests {
 
     use bytes::Bytes;
     use http_body_util::{BodyExt, Full};
+    use rstest::rstest;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         sync::mpsc,
         task::yield_now,
     };
+    use tokio_rustls::client;
+    use tokio_util::either::Either;
 
-    use super::*;
+    use super::{
+        super::tls::tests::{Issued, trusting},
+        *,
+    };
+    use crate::clock::Clock;
 
     const PEER: &str = "203.0.113.7:4711";
 
@@ -756,8 +764,17 @@ mod tests {
         }
     }
 
+    /// What connections are made of: everything here holds over both.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Over {
+        Plain,
+        Tls,
+    }
+
     /// A server on a paused clock, and the clients' side of its door.
     struct Server {
+        issued: Option<Issued>,
+        metrics: Metrics,
         door: mpsc::UnboundedSender<io::Result<DuplexStream>>,
         shutdown: CancellationToken,
         tasks: TaskTracker,
@@ -765,21 +782,27 @@ mod tests {
     }
 
     impl Server {
-        fn start(max_connections: usize) -> Self {
+        fn start(over: Over, max_connections: usize) -> Self {
+            let issued = (over == Over::Tls).then(|| Issued::to("relay.test"));
+            let metrics = Metrics::new();
+            let acceptor =
+                |issued: &Issued| TlsAcceptor::new(issued.pair(), Clock::system(), metrics.clone());
+            let tls = issued.as_ref().map(acceptor);
+            let front = Front { listener: Listener::Public, tls, metrics: metrics.clone() };
             let (door, accepted) = mpsc::unbounded_channel();
             let shutdown = CancellationToken::new();
             let tasks = TaskTracker::new();
             let serving = serve(
                 Door(accepted),
-                service_fn(answer),
+                service_fn(move |request| answer(over, request)),
                 config(max_connections),
-                Metrics::new(),
+                front,
                 shutdown.clone(),
             );
             tasks.spawn(serving);
             tasks.close();
             let started = Instant::now();
-            Self { door, shutdown, tasks, started }
+            Self { issued, metrics, door, shutdown, tasks, started }
         }
 
         fn connect(&self) -> Client {
@@ -789,7 +812,19 @@ mod tests {
         fn connect_with_buffer(&self, size: usize) -> Client {
             let (client, io) = duplex(size);
             self.door.send(Ok(io)).unwrap();
-            Client(client)
+            match &self.issued {
+                None => Client::Ready(Either::Left(client)),
+                Some(issued) => Client::Silent(issued.pem.clone(), Some(client)),
+            }
+        }
+
+        fn refused(&self, reason: Refused) -> u64 {
+            self.metrics.refused.get((Listener::Public, reason))
+        }
+
+        /// All refusals there were, whatever for.
+        fn refusals(&self) -> u64 {
+            self.metrics.refused.sum()
         }
 
         /// Whole seconds since the start; fails when the clock stands between two.
@@ -800,11 +835,46 @@ mod tests {
         }
     }
 
-    struct Client(DuplexStream);
+    enum Client {
+        /// It has not sent a byte yet, not even of a handshake; and whom it will believe.
+        Silent(String, Option<DuplexStream>),
+        Ready(Either<DuplexStream, Box<client::TlsStream<DuplexStream>>>),
+        /// The server did not wait for its handshake.
+        Closed,
+    }
 
     impl Client {
+        /// The stream of HTTP, for which TLS has to come about first; `None` if it does not.
+        async fn io(&mut self) -> Option<&mut Either<DuplexStream, Box<client::TlsStream<DuplexStream>>>> {
+            if let Self::Silent(believed, stream) = self {
+                let stream =
+                    trusting(believed).connect("relay.test".try_into().unwrap(), stream.take()?).await;
+                *self = stream.map_or(Self::Closed, |stream| Self::Ready(Either::Right(Box::new(stream))));
+            }
+            match self {
+                Self::Ready(io) => Some(io),
+                Self::Silent(..) | Self::Closed => None,
+            }
+        }
+
+        /// What the stream of HTTP is sent on.
+        fn wire(&mut self) -> &mut DuplexStream {
+            match self {
+                Self::Silent(_, wire) => wire.as_mut().unwrap(),
+                Self::Ready(Either::Left(wire)) => wire,
+                Self::Ready(Either::Right(tls)) => tls.get_mut().0,
+                Self::Closed => panic!("closed"),
+            }
+        }
+
+        async fn write(&mut self, raw: &[u8]) -> io::Result<()> {
+            let io = self.io().await.ok_or(io::ErrorKind::BrokenPipe)?;
+            io.write_all(raw).await?;
+            io.flush().await
+        }
+
         async fn send(&mut self, raw: &str) {
-            self.0.write_all(raw.as_bytes()).await.unwrap();
+            self.write(raw.as_bytes()).await.unwrap();
         }
 
         async fn get(&mut self, target: &str) -> String {
@@ -815,8 +885,9 @@ mod tests {
         /// One answer with a short body, or what came before the end.
         async fn answer(&mut self) -> String {
             let mut text = String::new();
+            let Some(io) = self.io().await else { return text };
             while !text.ends_with("\r\n\r\n.") {
-                match self.0.read_u8().await {
+                match io.read_u8().await {
                     Ok(byte) => text.push(char::from(byte)),
                     Err(_) => break,
                 }
@@ -827,12 +898,18 @@ mod tests {
         /// Everything up to the end of the stream.
         async fn rest(&mut self) -> Vec<u8> {
             let mut all = Vec::new();
-            self.0.read_to_end(&mut all).await.unwrap();
+            if let Some(io) = self.io().await
+                && let Err(error) = io.read_to_end(&mut all).await
+            {
+                // TLS that ends without a word of farewell.
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            }
             all
         }
 
         async fn is_open(&mut self) -> bool {
-            timeout(Duration::from_millis(1), self.0.read_u8()).await.is_err()
+            let io = self.io().await.unwrap();
+            timeout(Duration::from_millis(1), io.read_u8()).await.is_err()
         }
     }
 
@@ -851,8 +928,9 @@ mod tests {
 
     /// `/SECONDS` answers so much later, `/large` with a megabyte, `/panic` never; `/body` reads the
     /// request's body first, and CONNECT is refused as the routes would.
-    async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        assert_eq!(request.extensions().get(), Some(&Peer(PEER.parse().unwrap())));
+    async fn answer(over: Over, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let peer = Peer { address: PEER.parse().unwrap(), tls: over == Over::Tls };
+        assert_eq!(request.extensions().get(), Some(&peer));
         let mut response = Response::new(Full::from("."));
         match request.uri().path() {
             "/large" => *response.body_mut() = Full::from(vec![b'.'; 1_000_000]),
@@ -873,16 +951,28 @@ mod tests {
         answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n.")
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_silent_connection_is_closed_at_the_header_timeout() {
-        let server = Server::start(9);
+    async fn a_silent_connection_is_closed_at_the_header_timeout(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         assert_eq!(server.connect().rest().await, b"");
         assert_eq!(server.seconds(), 10);
+        assert_eq!((server.refused(Refused::NoRequest), server.refusals()), (1, 1));
+        // One that does not even begin a handshake has no other clock.
+        let mut silent = server.connect();
+        assert_eq!(silent.wire().read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(server.seconds(), 20);
+        assert_eq!(server.refusals(), 2);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn half_a_head_is_closed_at_the_header_timeout_however_slowly_it_comes() {
-        let server = Server::start(9);
+    async fn half_a_head_is_closed_at_the_header_timeout_however_slowly_it_comes(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut half = server.connect();
         half.send("GET / HTTP/1.1\r\nHo").await;
         assert_eq!(half.rest().await, b"");
@@ -895,21 +985,29 @@ mod tests {
         }
         assert_eq!(slow.rest().await, b"");
         assert_eq!(server.seconds(), 20);
+        assert_eq!((server.refused(Refused::HeaderTimeout), server.refusals()), (2, 2));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn an_idle_connection_is_closed_at_the_idle_timeout_and_a_working_one_is_not() {
-        let server = Server::start(9);
+    async fn an_idle_connection_is_closed_at_the_idle_timeout_and_a_working_one_is_not(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         assert!(is_200(&client.get("/200").await));
         assert_eq!(server.seconds(), 200);
         assert_eq!(client.rest().await, b"");
         assert_eq!(server.seconds(), 275);
+        assert_eq!(server.refusals(), 0);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn the_header_timeout_of_a_later_request_runs_from_its_first_byte() {
-        let server = Server::start(9);
+    async fn the_header_timeout_of_a_later_request_runs_from_its_first_byte(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         assert!(is_200(&client.get("/0").await));
         for begun in [70, 150] {
@@ -929,9 +1027,12 @@ mod tests {
         assert_eq!(server.seconds(), 178);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_pipelined_half_head_has_its_time_when_its_turn_has_come() {
-        let server = Server::start(9);
+    async fn a_pipelined_half_head_has_its_time_when_its_turn_has_come(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send(&(get("/100") + "GET /")).await;
         assert!(is_200(&client.answer().await));
@@ -940,9 +1041,12 @@ mod tests {
         assert_eq!(server.seconds(), 110);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest() {
-        let server = Server::start(3);
+    async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 3);
         let (mut first, mut second, mut third) = (server.connect(), server.connect(), server.connect());
         for client in [&mut first, &mut second, &mut third] {
             assert!(is_200(&client.get("/0").await));
@@ -957,11 +1061,15 @@ mod tests {
         assert!(first.is_open().await);
         assert!(is_200(&first.get("/0").await));
         assert_eq!(server.seconds(), 0);
+        assert_eq!((server.refused(Refused::ConnectionLimit), server.refusals()), (2, 2));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_working_connection_is_never_closed_for_a_new_one_which_waits_instead() {
-        let server = Server::start(2);
+    async fn a_working_connection_is_never_closed_for_a_new_one_which_waits_instead(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 2);
         let (mut first, mut second) = (server.connect(), server.connect());
         first.send(&get("/30")).await;
         second.send(&get("/60")).await;
@@ -978,10 +1086,13 @@ mod tests {
         assert_eq!(server.seconds(), 60);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_comes_in_the_moment_of_eviction_is_answered() {
+    async fn a_request_that_comes_in_the_moment_of_eviction_is_answered(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
         for newcomer_first in [true, false] {
-            let server = Server::start(1);
+            let server = Server::start(over, 1);
             let mut victim = server.connect();
             assert!(is_200(&victim.get("/0").await));
             let mut newcomer = if newcomer_first {
@@ -1020,31 +1131,41 @@ mod tests {
         assert_eq!((rooms.open, rooms.waiting.len(), rooms.leaving), (0, 0, 0));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_panic_of_the_service_gives_the_place_back() {
-        let server = Server::start(1);
+    async fn a_panic_of_the_service_gives_the_place_back(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 1);
         assert_eq!(server.connect().get("/panic").await, "");
         assert!(is_200(&server.connect().get("/0").await));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_does_not_read_is_closed_at_the_write_timeout() {
-        let server = Server::start(9);
+    async fn a_peer_that_does_not_read_is_closed_at_the_write_timeout(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect_with_buffer(1024);
         client.send(&get("/large")).await;
         sleep(Duration::from_secs(29)).await;
         assert_eq!(server.tasks.len(), 1);
         sleep(Duration::from_secs(2)).await;
-        assert_eq!(client.rest().await.len(), 1024, "what was in the buffer");
+        let mut rest = Vec::new();
+        client.wire().read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest.len(), 1024, "what was in the buffer");
+        assert_eq!(server.refusals(), 0, "it was answered");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_reads_by_the_byte_makes_no_progress_and_one_that_reads_slowly_does() {
-        let server = Server::start(9);
+    async fn a_peer_that_reads_by_the_byte_makes_no_progress_and_one_that_reads_slowly_does(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut drip = server.connect_with_buffer(1024);
         drip.send(&get("/large")).await;
         let mut taken = 0;
-        while drip.0.read_u8().await.is_ok() {
+        while drip.wire().read_u8().await.is_ok() {
             taken += 1;
             if taken < 40 {
                 sleep(Duration::from_secs(1)).await;
@@ -1056,15 +1177,16 @@ mod tests {
         slow.send(&get("/large")).await;
         let mut block = vec![0; 20_000];
         for _ in 0..50 {
-            slow.0.read_exact(&mut block).await.unwrap();
+            slow.wire().read_exact(&mut block).await.unwrap();
             sleep(Duration::from_secs(20)).await;
         }
         assert!(server.started.elapsed() > Duration::from_secs(1000));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn drain_ends_what_waits_and_lets_what_works_end() {
-        let server = Server::start(9);
+    async fn drain_ends_what_waits_and_lets_what_works_end(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
         let (mut silent, mut idle, mut half, mut working, mut body) =
             (server.connect(), server.connect(), server.connect(), server.connect(), server.connect());
         assert!(is_200(&idle.get("/0").await));
@@ -1089,9 +1211,12 @@ mod tests {
         assert_eq!(server.seconds(), 15, "it returns with its last connection");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn requests_that_outlast_the_shutdown_timeout_are_aborted() {
-        let server = Server::start(9);
+    async fn requests_that_outlast_the_shutdown_timeout_are_aborted(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send(&get("/1000")).await;
         sleep(Duration::from_secs(5)).await;
@@ -1101,9 +1226,12 @@ mod tests {
         assert_eq!(client.rest().await, b"");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn shutdown_is_not_held_up_by_a_connection_that_waits_for_room() {
-        let server = Server::start(1);
+    async fn shutdown_is_not_held_up_by_a_connection_that_waits_for_room(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 1);
         let mut working = server.connect();
         working.send(&get("/10")).await;
         yield_now().await;
@@ -1116,9 +1244,12 @@ mod tests {
         server.tasks.wait().await;
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn an_early_answer_reaches_a_peer_that_is_still_sending() {
-        let server = Server::start(9);
+    async fn an_early_answer_reaches_a_peer_that_is_still_sending(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect_with_buffer(4096);
         client.send("POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n").await;
         for _ in 0..100 {
@@ -1126,21 +1257,24 @@ mod tests {
         }
         assert!(is_200(&client.answer().await));
         assert_eq!(server.seconds(), 0);
-        while client.0.write_all(b"b").await.is_ok() {
+        while client.write(b"b").await.is_ok() {
             sleep(Duration::from_millis(100)).await;
         }
         assert_eq!(server.started.elapsed().as_secs(), LINGER.as_secs(), "but not for ever");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_goes_on_sending_after_its_answer_gives_way_at_once() {
-        let server = Server::start(1);
+    async fn a_peer_that_goes_on_sending_after_its_answer_gives_way_at_once(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 1);
         let mut sending = server.connect();
         let head = "POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n";
         sending.send(head).await;
         assert!(is_200(&sending.answer().await));
         assert!(is_200(&server.connect().get("/0").await));
-        assert!(sending.0.write_all(b"b").await.is_err());
+        assert!(sending.write(b"b").await.is_err());
         assert_eq!(server.seconds(), 0);
 
         let mut sending = server.connect();
@@ -1151,30 +1285,96 @@ mod tests {
         assert_eq!(server.seconds(), 0);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_bad_head_is_answered_400_and_closed() {
-        let server = Server::start(9);
+    async fn a_bad_head_is_answered_400_and_closed(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send("GET /0 HTTP/1.1\r\n\r\n").await;
         let answer = String::from_utf8(client.rest().await).unwrap();
         assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"), "{answer}");
         assert_eq!(server.seconds(), 0);
+        drop(client);
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!((server.refused(Refused::Malformed), server.refusals()), (1, 1));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn connect_and_other_forms_of_target_reach_the_service() {
-        let server = Server::start(9);
+    async fn what_is_refused_before_the_service_is_counted_by_reason(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let many = format!("GET /0 HTTP/1.1\r\nHost: h\r\n{}\r\n", "X: y\r\n".repeat(64));
+        let long = "a".repeat(MAX_HEAD + 1);
+        for (sent, reason) in [
+            ("GET /0\r\n\r\n", Refused::Malformed),
+            // hyper's opinion.
+            ("GET a:b:c HTTP/1.1\r\nHost: h\r\n\r\n", Refused::Malformed),
+            ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Refused::Version),
+            ("GET /0 HTTP/1.2\r\nHost: h\r\n\r\n", Refused::Version),
+            (many.as_str(), Refused::HeadTooLarge),
+            (long.as_str(), Refused::HeadTooLarge),
+            ("\x16\x03\x01\x02", Refused::TlsToPlain),
+        ] {
+            let server = Server::start(over, 9);
+            let mut client = server.connect();
+            // After a good one, so that it is the request which is refused.
+            assert!(is_200(&client.get("/0").await));
+            client.send(sent).await;
+            client.rest().await;
+            drop(client);
+            sleep(Duration::from_millis(1)).await;
+            assert_eq!((server.refused(reason), server.refusals()), (1, 1), "{sent:?}");
+        }
+    }
+
+    #[rstest]
+    #[tokio::test(start_paused = true)]
+    async fn http_1_0_is_answered_and_the_connection_closed(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
+        for request in [
+            "GET /3 HTTP/1.0\r\n\r\n",
+            "GET /3 HTTP/1.0\r\nHost: h\r\nConnection: keep-alive\r\n\r\n",
+            "POST /body HTTP/1.0\r\nContent-Length: 2\r\n\r\nab",
+            "GET /3 HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n",
+        ] {
+            let mut client = server.connect();
+            client.send(request).await;
+            let answer = String::from_utf8(client.rest().await).unwrap();
+            assert!(answer.starts_with("HTTP/1.0 200 OK\r\n"), "{answer}");
+            assert!(answer.contains("connection: close\r\n") && answer.ends_with("\r\n\r\n."), "{answer}");
+            assert_eq!(answer.matches("HTTP/1.").count(), 1, "{answer}");
+        }
+        // A client that has said that it sends no more is still there.
+        let mut client = server.connect();
+        client.send("GET /3 HTTP/1.0\r\n\r\n").await;
+        client.io().await.unwrap().shutdown().await.unwrap();
+        assert!(client.rest().await.ends_with(b"\r\n\r\n."));
+        assert_eq!(server.seconds(), 12);
+        assert_eq!(server.refusals(), 0);
+    }
+
+    #[rstest]
+    #[tokio::test(start_paused = true)]
+    async fn connect_and_other_forms_of_target_reach_the_service(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(client.answer().await.starts_with("HTTP/1.1 405 "));
+        assert_eq!((server.refused(Refused::NoPath), server.refusals()), (1, 1));
         client.send("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(is_200(&client.answer().await));
         assert!(is_200(&client.get("http://h/0").await));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn accept_errors_end_nothing_and_those_of_this_process_evict_and_pause() {
-        let server = Server::start(9);
+    async fn accept_errors_end_nothing_and_those_of_this_process_evict_and_pause(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut idle: VecDeque<_> = [server.connect(), server.connect()].into();
         for client in &mut idle {
             assert!(is_200(&client.get("/0").await));
@@ -1200,6 +1400,76 @@ mod tests {
         assert_eq!(pauses.next(&error).as_millis(), 10);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn every_handshake_is_counted_by_how_it_ended() {
+        let server = Server::start(Over::Tls, 1);
+        let count = |outcome| server.metrics.tls_handshakes.get((outcome,));
+        let sent = async |bytes: &[u8]| {
+            let mut client = server.connect();
+            let wire = client.wire();
+            wire.write_all(bytes).await.unwrap();
+            let mut answer = Vec::new();
+            wire.read_to_end(&mut answer).await.unwrap();
+            answer
+        };
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!(count(Handshake::Ok), 1);
+
+        for request in [get("/0"), "PRI * HTTP/2.0\r\n\r\n".into(), "x".repeat(100_000)] {
+            let wanted = server.refused(Refused::Handshake) + 1;
+            let answer = timeout(Duration::from_secs(1), async {
+                let mut client = server.connect();
+                let (mut read, mut write) = tokio::io::split(client.wire());
+                let mut answer = Vec::new();
+                let _ = tokio::join!(write.write_all(request.as_bytes()), async {
+                    while !answer.ends_with(b"here\n") && read.read_buf(&mut answer).await.unwrap() > 0 {}
+                });
+                String::from_utf8(answer).unwrap()
+            });
+            let answer = answer.await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{answer}");
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{answer}");
+            while server.refused(Refused::Handshake) < wanted {
+                yield_now().await;
+            }
+        }
+        assert_eq!(count(Handshake::PlainHttp), 3);
+
+        // A handshake that is none; one that offers what is not spoken; one that leaves; one that stays silent.
+        assert_eq!(sent(&[0]).await, b"");
+        sent(b"\x16\x03\x01\x00\x05hello").await;
+        assert_eq!(count(Handshake::Failed), 2);
+        let alert = sent(super::super::tls::tests::TLS_1_0).await;
+        assert!(alert.starts_with(&[21, 3]), "an alert: {alert:?}");
+        assert_eq!(count(Handshake::Incompatible), 1);
+        drop(server.connect());
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!(count(Handshake::Closed), 1);
+        let refused = server.refused(Refused::Handshake);
+        assert_eq!(refused, 6, "all but those that came about and the one that left");
+        assert_eq!(server.seconds(), 0);
+        assert_eq!(sent(&[0x16, 3]).await, b"");
+        assert_eq!((server.seconds(), count(Handshake::Timeout)), (10, 1));
+
+        // One that waits for a peer gives way like any other.
+        let mut silent = server.connect();
+        silent.wire().write_all(&[0x16, 3]).await.unwrap();
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!((server.seconds(), count(Handshake::Evicted)), (10, 1));
+        assert!(server.refused(Refused::ConnectionLimit) >= 1);
+        // A client that does not believe the certificate says so.
+        let elsewhere = Issued::to("relay.test");
+        let mut strange = Client::Silent(elsewhere.pem.clone(), None);
+        if let (Client::Silent(_, to), Client::Silent(_, from)) = (&mut strange, server.connect()) {
+            *to = from;
+        }
+        assert!(strange.io().await.is_none());
+        while count(Handshake::Rejected) == 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// On real sockets and threads: a full house under churn loses no answer and no place.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_full_house_on_real_sockets_serves_everyone_and_drains() {
@@ -1208,8 +1478,8 @@ mod tests {
         let shutdown = CancellationToken::new();
         let server = TaskTracker::new();
         let service = service_fn(|request: Request<Incoming>| async move {
-            let Peer(peer) = request.extensions().get().copied().unwrap();
-            sleep(Duration::from_millis(u64::from(peer.port() % 3))).await;
+            let Peer { address, .. } = request.extensions().get().copied().unwrap();
+            sleep(Duration::from_millis(u64::from(address.port() % 3))).await;
             Ok(Response::new(Full::<Bytes>::from(".")))
         });
         server.spawn(serve(listener, service, config(4), Metrics::new(), shutdown.clone()));

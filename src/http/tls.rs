@@ -103,7 +103,9 @@ pub enum Fault {
     #[error("the private key is encrypted; decrypt it: openssl pkey -in FILE -out FILE")]
     EncryptedKey,
     /// The key is of a kind that TLS has no use for.
-    #[error("the private key cannot be used: expected RSA (2048 to 8192 bits), ECDSA (P-256, P-384, P-521) or Ed25519")]
+    #[error(
+        "the private key cannot be used: expected RSA (2048 to 8192 bits), ECDSA (P-256, P-384, P-521) or Ed25519"
+    )]
     UnusableKey,
     /// The key is another certificate's.
     #[error("the private key does not belong to the certificate in {}", .0.display())]
@@ -159,8 +161,7 @@ impl Files {
     fn pair(self) -> Result<Pair, Error> {
         let fingerprint = self.fingerprint();
         let Self { named, certificate, key } = self;
-        let in_certificate =
-            |fault| Error { setting: CERTIFICATE, path: named.certificate.clone(), fault };
+        let in_certificate = |fault| Error { setting: CERTIFICATE, path: named.certificate.clone(), fault };
         let in_key = |fault| Error { setting: KEY, path: named.key.clone(), fault };
         let certificate = certificate.map_err(in_certificate)?;
         let key = key.map_err(in_key)?;
@@ -169,7 +170,8 @@ impl Files {
         let key = private_key(key.expose_secret()).map_err(in_key)?;
         let certified = certify(&chain, &key).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => {
-                let elsewhere = chain.iter().skip(1).any(|own| certify(std::slice::from_ref(own), &key).is_ok());
+                let elsewhere =
+                    chain.iter().skip(1).any(|own| certify(std::slice::from_ref(own), &key).is_ok());
                 let file = named.certificate.clone();
                 in_key(if elsewhere { Fault::Order(file) } else { Fault::Mismatch(file) })
             }
@@ -177,8 +179,7 @@ impl Files {
             rustls::Error::General(_) => in_key(Fault::UnusableKey),
             other => in_certificate(Fault::Refused(other)),
         })?;
-        let config = server_config(certified)
-            .map_err(|error| in_certificate(Fault::Refused(error)))?;
+        let config = server_config(certified).map_err(|error| in_certificate(Fault::Refused(error)))?;
         Ok(Pair { config: Arc::new(config), not_before, not_after, fingerprint, files: named })
     }
 }
@@ -288,7 +289,9 @@ impl TlsAcceptor {
         }
         match files.pair() {
             Ok(pair) => self.install(pair),
-            Err(error) => error!(%error, "the renewed TLS certificate cannot be used; the old one stays in use"),
+            Err(error) => {
+                error!(%error, "the renewed TLS certificate cannot be used; the old one stays in use")
+            }
         }
     }
 
@@ -413,11 +416,7 @@ pub(super) enum Stream<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Stream<IO> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_read(cx, out),
             Self::Tls(io) => Pin::new(io).poll_read(cx, out),
@@ -463,5 +462,267 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Stream<IO> {
             Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
             Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use rcgen::{CertificateParams, KeyPair};
+    use rustls::{ClientConfig, RootCertStore, SupportedCipherSuite};
+    use tempfile::TempDir;
+    use tokio::io::duplex;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+
+    /// A ClientHello of TLS 1.0, as a client of 2005 sends it: no extension, one suite.
+    pub(in crate::http) const TLS_1_0: &[u8] = &[
+        0x16, 3, 1, 0, 45, // a handshake record
+        1, 0, 0, 41, 3, 1, // ClientHello, TLS 1.0
+        1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27,
+        28, 29, 30, 31, 32, 0, // random, no session
+        0, 2, 0, 0x2f, // TLS_RSA_WITH_AES_128_CBC_SHA
+        1, 0, // no compression
+    ];
+
+    /// A certificate that signs itself, and its key, in files.
+    pub(in crate::http) struct Issued {
+        pub(in crate::http) pem: String,
+        key: String,
+        directory: TempDir,
+    }
+
+    impl Issued {
+        pub(in crate::http) fn to(name: &str) -> Self {
+            Self::with(name, |_| {})
+        }
+
+        fn with(name: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new([name.to_owned()]).unwrap();
+            change(&mut params);
+            let pem = params.self_signed(&key).unwrap().pem();
+            let this = Self { pem, key: key.serialize_pem(), directory: TempDir::new().unwrap() };
+            this.write(&this.pem, &this.key);
+            this
+        }
+
+        pub(in crate::http) fn files(&self) -> Config {
+            let file = |name| self.directory.path().join(name);
+            Config { certificate: file("certificate.pem"), key: file("key.pem") }
+        }
+
+        pub(in crate::http) fn pair(&self) -> Pair {
+            Pair::load(&self.files()).unwrap()
+        }
+
+        fn write(&self, certificate: impl AsRef<[u8]>, key: impl AsRef<[u8]>) {
+            fs::write(self.files().certificate, certificate).unwrap();
+            fs::write(self.files().key, key).unwrap();
+        }
+
+        fn fault(&self, certificate: impl AsRef<[u8]>, key: impl AsRef<[u8]>) -> Error {
+            self.write(certificate, key);
+            Pair::load(&self.files()).err().unwrap()
+        }
+    }
+
+    fn roots(pem: &str) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
+        roots
+    }
+
+    /// A client that believes the certificate `pem`.
+    pub(in crate::http) fn trusting(pem: &str) -> TlsConnector {
+        let config = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots(pem))
+            .with_no_client_auth();
+        TlsConnector::from(Arc::new(config))
+    }
+
+    fn acceptor(issued: &Issued) -> TlsAcceptor {
+        TlsAcceptor::new(issued.pair(), Clock::system(), Metrics::new())
+    }
+
+    /// Whether a client that believes `pem` gets a connection.
+    async fn is_believed(acceptor: &TlsAcceptor, pem: &str) -> bool {
+        let (client, server) = duplex(16 * 1024);
+        let connecting = trusting(pem).connect("relay.test".try_into().unwrap(), client);
+        let (believed, accepted) = tokio::join!(connecting, acceptor.accept(server));
+        assert_eq!(believed.is_ok(), accepted.is_ok());
+        believed.is_ok()
+    }
+
+    #[test]
+    fn what_is_offered_is_modern_and_cannot_be_replayed() {
+        let config = Issued::to("relay.test").pair().config;
+        for suite in &config.crypto_provider().cipher_suites {
+            let name = format!("{:?}", suite.suite());
+            match suite {
+                SupportedCipherSuite::Tls13(_) => {}
+                SupportedCipherSuite::Tls12(_) => assert!(name.starts_with("TLS_ECDHE_"), "{name}"),
+            }
+            assert!(name.contains("_GCM_") || name.contains("_CHACHA20_POLY1305_"), "{name}");
+        }
+        assert_eq!(config.alpn_protocols, [b"http/1.1"]);
+        assert_eq!(config.max_early_data_size, 0);
+        assert!(config.ticketer.enabled());
+    }
+
+    #[tokio::test]
+    async fn http_2_is_not_negotiated_and_http_1_1_is() {
+        let issued = Issued::to("relay.test");
+        let acceptor = acceptor(&issued);
+        for (offered, agreed) in [
+            (&[][..], Ok(None)),
+            (&["h2", "http/1.1"], Ok(Some("http/1.1"))),
+            (&["h2"], Err(Handshake::Incompatible)),
+        ] {
+            let mut config = ClientConfig::clone(trusting(&issued.pem).config());
+            config.alpn_protocols = offered.iter().map(|name| name.as_bytes().to_vec()).collect();
+            let (client, server) = duplex(16 * 1024);
+            let connector = TlsConnector::from(Arc::new(config));
+            let connecting = connector.connect("relay.test".try_into().unwrap(), client);
+            let (client, accepted) = tokio::join!(connecting, acceptor.accept(server));
+            let came = accepted.map(|_| {
+                let client = client.unwrap();
+                client.get_ref().1.alpn_protocol().map(|name| String::from_utf8(name.to_vec()).unwrap())
+            });
+            assert_eq!(came, agreed.map(|name| name.map(String::from)), "{offered:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_is_resumed_until_the_certificate_is_replaced() {
+        let issued = Issued::to("relay.test");
+        let acceptor = acceptor(&issued);
+        for version in [&rustls::version::TLS13, &rustls::version::TLS12] {
+            let config = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
+                .with_protocol_versions(&[version])
+                .unwrap()
+                .with_root_certificates(roots(&issued.pem))
+                .with_no_client_auth();
+            let connector = TlsConnector::from(Arc::new(config));
+            let kind = async || {
+                let (client, server) = duplex(16 * 1024);
+                let talking = async {
+                    let mut client =
+                        connector.connect("relay.test".try_into().unwrap(), client).await.unwrap();
+                    // Tickets of TLS 1.3 come after the handshake.
+                    client.read_u8().await.unwrap();
+                    client.get_ref().1.handshake_kind().unwrap()
+                };
+                let answering = async {
+                    let mut server = acceptor.accept(server).await.unwrap();
+                    server.write_all(b".").await.unwrap();
+                    server.flush().await.unwrap();
+                    server
+                };
+                tokio::join!(talking, answering).0
+            };
+            assert_eq!(kind().await, rustls::HandshakeKind::Full);
+            assert_eq!(kind().await, rustls::HandshakeKind::Resumed);
+            acceptor.reload().unwrap();
+            assert_eq!(kind().await, rustls::HandshakeKind::Full, "tickets are not carried over");
+        }
+    }
+
+    #[test]
+    fn every_fault_of_the_files_is_told_with_the_setting_and_nothing_of_their_content() {
+        let issued = Issued::to("relay.test");
+        let (pem, key) = (issued.pem.clone(), issued.key.clone());
+        let other = Issued::to("relay.test");
+        let encrypted = key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+        let old = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n\
+                   -----END RSA PRIVATE KEY-----\n";
+        let nonsense = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        let unusable = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        let half = &key[..key.len() / 2];
+        for (certificate, private, setting, words) in [
+            ("", key.as_str(), CERTIFICATE, "found none"),
+            ("not PEM", &key, CERTIFICATE, "found none"),
+            (&key, &key, CERTIFICATE, "found none"),
+            (nonsense, &key, CERTIFICATE, "certificate 1 in it cannot be decoded"),
+            (&(pem.clone() + nonsense), &key, CERTIFICATE, "certificate 2 in it cannot be decoded"),
+            (&pem, "", KEY, "found none"),
+            (&pem, &pem, KEY, "found none"),
+            (&pem, half, KEY, "found none"),
+            (&pem, &encrypted, KEY, "is encrypted; decrypt it"),
+            (&pem, old, KEY, "is encrypted; decrypt it"),
+            (&pem, unusable, KEY, "cannot be used: expected RSA"),
+            (&pem, &other.key, KEY, "does not belong to the certificate in "),
+            (&(other.pem.clone() + &pem), &key, KEY, "has to be the first"),
+            (&"a".repeat(2 << 20), &key, CERTIFICATE, "larger than 1048576 bytes"),
+        ] {
+            let error = issued.fault(certificate, private);
+            let text = format!("{error} {error:?}");
+            assert_eq!(error.setting, setting, "{text}");
+            assert!(text.contains(words), "{words}: {text}");
+            let files = issued.files();
+            let file = if setting == KEY { files.key } else { files.certificate };
+            assert!(error.to_string().starts_with(&format!("{setting}: {}: ", file.display())), "{text}");
+            let secret = key.lines().nth(1).unwrap();
+            assert!(!text.contains(secret) && !text.contains("AAAA"), "{text}");
+        }
+        issued.write(&pem, &key);
+        fs::remove_file(issued.files().key).unwrap();
+        let error = Pair::load(&issued.files()).err().unwrap();
+        assert!(error.to_string().contains("No such file"), "{error}");
+        let directory = Config { certificate: issued.directory.path().to_owned(), ..issued.files() };
+        assert_eq!(Pair::load(&directory).err().unwrap().setting, CERTIFICATE);
+        // One file for both will do.
+        let both = pem + &key;
+        issued.write(&both, &both);
+        issued.pair();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_renewed_pair_is_used_within_a_minute_and_a_faulty_one_never() {
+        let (issued, next) = (Issued::to("relay.test"), Issued::to("relay.test"));
+        let acceptor = acceptor(&issued);
+        let shutdown = CancellationToken::new();
+        let watching = acceptor.clone().watch(shutdown.clone());
+        let story = async {
+            // The key is not there yet; then both are; then half a file.
+            for (certificate, key, believed) in [
+                (&next.pem, &issued.key, &issued),
+                (&next.pem, &next.key, &next),
+                (&next.pem[..100].to_owned(), &next.key, &next),
+                (&issued.pem, &issued.key, &issued),
+            ] {
+                issued.write(certificate, key);
+                sleep(LOOK * 2).await;
+                let refused = if believed.pem == next.pem { &issued } else { &next };
+                assert!(is_believed(&acceptor, &believed.pem).await);
+                assert!(!is_believed(&acceptor, &refused.pem).await);
+            }
+            fs::remove_file(issued.files().certificate).unwrap();
+            assert!(acceptor.reload().is_err());
+            assert!(is_believed(&acceptor, &issued.pem).await);
+            shutdown.cancel();
+        };
+        tokio::join!(watching, story);
+    }
+
+    #[test]
+    fn when_the_certificate_ends_is_a_metric_and_an_expired_one_is_served() {
+        let year = |year| rcgen::date_time_ymd(year, 1, 1);
+        let issued = Issued::with("relay.test", |params| {
+            (params.not_before, params.not_after) = (year(2001), year(2002));
+        });
+        let metrics = Metrics::new();
+        let acceptor = TlsAcceptor::new(issued.pair(), Clock::system(), metrics.clone());
+        assert_eq!(metrics.tls_certificate_expiry.get(()), 1_009_843_200);
+        // Of a chain, what ends first.
+        let longer = Issued::with("relay.test", |params| params.not_after = year(2091));
+        issued.write(longer.pem.clone() + &issued.pem, &longer.key);
+        acceptor.reload().unwrap();
+        assert_eq!(metrics.tls_certificate_expiry.get(()), 1_009_843_200);
+        issued.write(&longer.pem, &longer.key);
+        acceptor.reload().unwrap();
+        assert_eq!(metrics.tls_certificate_expiry.get(()), 3_818_448_000);
     }
 }
