@@ -353,7 +353,8 @@ fn outcome(error: &io::Error) -> Handshake {
             | Alert::CertificateRevoked
             | Alert::CertificateExpired
             | Alert::CertificateUnknown
-            | Alert::UnknownCA => Handshake::Rejected,
+            | Alert::UnknownCA
+            | Alert::DecryptError => Handshake::Rejected,
             Alert::CloseNotify | Alert::UserCanceled => Handshake::Closed,
             _ => Handshake::Failed,
         },
