@@ -23,10 +23,12 @@ mod command_line;
 mod enrichment;
 mod faults;
 mod golden;
+mod https;
 mod limits;
 #[cfg(feature = "otel")]
 mod otel;
 mod prefetch;
+mod proxies;
 mod redis_trouble;
 mod replicas;
 mod routes;
