@@ -129,8 +129,8 @@ const KEYS: &[Key] = &[
     key("server.max_in_flight"),
     key("server.shutdown_timeout"),
     key("server.shutdown_delay"),
-    key(http::tls::CERTIFICATE),
-    key(http::tls::KEY),
+    key("server.tls.certificate"),
+    key("server.tls.key"),
     key("request.deadline"),
     key("request.concurrency"),
     key("auth.audiences"),
@@ -465,12 +465,13 @@ impl Reader {
     /// The files of HTTPS: both or none. What is in them is for `serve` and `check` alone: a renewal that went
     /// wrong must not fail a health check while the relay goes on with what it has.
     fn tls(&mut self) -> Option<Option<http::tls::Config>> {
-        use http::tls::{CERTIFICATE, Config, KEY};
+        const CERTIFICATE: &str = "server.tls.certificate";
+        const KEY: &str = "server.tls.key";
         const EXPECTED: &str = "the path of a PEM file";
         let (certificate, key) = (self.optional(CERTIFICATE, EXPECTED), self.optional(KEY, EXPECTED));
         match (certificate?, key?) {
             (None, None) => Some(None),
-            (Some(certificate), Some(key)) => Some(Some(Config { certificate, key })),
+            (Some(certificate), Some(key)) => Some(Some(http::tls::Config { certificate, key })),
             (Some(_), None) => self.fault(KEY, format!("expected {EXPECTED}, because {CERTIFICATE} is set")),
             (None, Some(_)) => self.fault(CERTIFICATE, format!("expected {EXPECTED}, because {KEY} is set")),
         }

@@ -168,6 +168,12 @@ struct Allow {
 
 impl warp::reject::Reject for Allow {}
 
+/// There is no such path, whatever the method.
+#[derive(Debug)]
+struct Nowhere;
+
+impl warp::reject::Reject for Nowhere {}
+
 fn unserved(method: &Method, path: &str) -> Rejection {
     let methods = match path {
         "/" | "/status" | "/status.css" | "/status.js" | "/metrics" | "/livez" | "/readyz" => {
@@ -175,7 +181,7 @@ fn unserved(method: &Method, path: &str) -> Rejection {
         }
         "/purge" => "POST, OPTIONS",
         "/log-level" => "PUT, OPTIONS",
-        _ => return warp::reject::not_found(),
+        _ => return warp::reject::custom(Nowhere),
     };
     warp::reject::custom(Allow { methods, options: method == Method::OPTIONS })
 }
@@ -299,7 +305,9 @@ async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
         reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(methods));
         return Ok(reply);
     }
-    let status = if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
+    let status = if rejection.find::<Nowhere>().is_some() {
+        StatusCode::NOT_FOUND
+    } else if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
         StatusCode::PAYLOAD_TOO_LARGE
     } else if rejection.find::<warp::reject::LengthRequired>().is_some() {
         StatusCode::LENGTH_REQUIRED

@@ -45,9 +45,9 @@ use crate::{
 };
 
 /// The setting that names the file of the certificate.
-pub const CERTIFICATE: &str = "server.tls.certificate";
+const CERTIFICATE: &str = "server.tls.certificate";
 /// The setting that names the file of its key.
-pub const KEY: &str = "server.tls.key";
+const KEY: &str = "server.tls.key";
 
 /// How often the files are looked at. Whoever renews certificates does so weeks ahead.
 const LOOK: Duration = Duration::from_mins(1);
