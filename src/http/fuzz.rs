@@ -163,7 +163,7 @@ where
 fn statuses(received: &[u8]) -> Vec<u16> {
     let received = String::from_utf8_lossy(received);
     let status = |line: &str| {
-        let (_, status) = line.rsplit_once("HTTP/1.1 ")?;
+        let (_, status) = line.rsplit_once("HTTP/1.1 ").or_else(|| line.rsplit_once("HTTP/1.0 "))?;
         let (code, reason) = status.split_once(' ')?;
         reason.chars().all(|c| c.is_ascii_alphabetic() || c == ' ').then(|| code.parse().ok())?
     };
