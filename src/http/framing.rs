@@ -31,6 +31,8 @@ use tokio_util::io::poll_read_buf;
 /// The longest head, request line and blank line included. hyper's `max_buf_size` must not be less,
 /// or it would refuse a head that passed here.
 pub(crate) const MAX_HEAD: usize = 32 * 1024;
+/// Fields of a head, at most. Nor must hyper's limit be less than this one.
+pub(super) const MAX_FIELDS: usize = 64;
 /// The longest line that announces a chunk: 16 digits and room for extensions, which nobody uses.
 const MAX_CHUNK_LINE: usize = 16 + 256;
 /// All trailer lines of one body together.
@@ -90,6 +92,7 @@ enum Stage {
 struct Head {
     blank_line: bool,
     version: Option<Version>,
+    fields: usize,
     host: bool,
     length: Option<u64>,
     chunked: bool,
@@ -337,6 +340,8 @@ impl<IO> Guard<IO> {
 impl Head {
     fn field(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let (name, value) = field(line)?;
+        self.fields += 1;
+        within(self.fields, MAX_FIELDS)?;
         let again = if name.eq_ignore_ascii_case(b"host") {
             std::mem::replace(&mut self.host, true)
         } else if name.eq_ignore_ascii_case(b"content-length") {

@@ -15,10 +15,9 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     Config, Relay, Reply,
-    framing::{Guard, MAX_HEAD},
+    framing::{Guard, MAX_FIELDS, MAX_HEAD},
     observables::{self, Invalid},
-    server::{self, MAX_FIELDS},
-    service,
+    server, service,
 };
 use crate::{
     auth::{self, Authenticator},

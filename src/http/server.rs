@@ -46,14 +46,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
 use super::{
-    framing::{Guard, MAX_HEAD, Refusal},
+    framing::{Guard, MAX_FIELDS, MAX_HEAD, Refusal},
     refusals::Refusals,
     tls::{Stream, TlsAcceptor},
 };
 use crate::metrics::{Handshake, Listener, Metrics, Refused};
 
-/// Fields of a request head, at most.
-pub(super) const MAX_FIELDS: usize = 64;
 /// How long an answer may wait for a peer to take [`WRITE_STEP`] of it.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A peer that takes a byte at a time makes no progress until it has taken this much.
@@ -542,7 +540,7 @@ impl Connection {
         };
         self.refusals.handshake(shaken.as_ref().err().copied().unwrap_or(Handshake::Ok));
         shaken.map_err(|outcome| match outcome {
-            // Whoever leaves was not refused; whoever was evicted is told apart from a drain elsewhere.
+            // Whoever leaves was not refused; an eviction is counted where it is told from a drain.
             Handshake::Ok | Handshake::Closed | Handshake::Evicted => None,
             _ => Some(Refused::Handshake),
         })
@@ -589,12 +587,13 @@ impl Connection {
 
         // All that moves a clock happens while the connection is polled, so looking at the clocks after
         // each poll is enough.
-        poll_fn(|cx| {
+        let ended = poll_fn(|cx| {
             loop {
                 if let Poll::Ready(end) = connection.as_mut().poll(cx) {
                     let Err(error) = end else { return Poll::Ready(None) };
                     debug!(%error, "connection closed");
-                    return Poll::Ready(refused_head(&error, progress.refusal()));
+                    // hyper has an opinion of its own on targets.
+                    return Poll::Ready(error.is_parse().then_some(Refused::Malformed));
                 }
                 if !leaving && leave.as_mut().poll(cx).is_ready() {
                     leaving = true;
@@ -613,20 +612,15 @@ impl Connection {
                 return alarm.as_mut().poll(cx).map(|()| refused);
             }
         })
-        .await
-    }
-}
-
-/// Why a connection that ended with `error` did not get its last head to the service, if that is what ended it.
-fn refused_head(error: &hyper::Error, refusal: Option<Refusal>) -> Option<Refused> {
-    match refusal {
-        Some(Refusal::Malformed) => Some(Refused::Malformed),
-        Some(Refusal::TooLarge) => Some(Refused::HeadTooLarge),
-        Some(Refusal::Version) => Some(Refused::Version),
-        Some(Refusal::Tls) => Some(Refused::TlsToPlain),
-        // hyper has a few opinions of its own.
-        None if error.is_parse_too_large() => Some(Refused::HeadTooLarge),
-        None => error.is_parse().then_some(Refused::Malformed),
+        .await;
+        // However the connection ended: after a refused head, its peer may not have been in a hurry.
+        match progress.refusal() {
+            Some(Refusal::Malformed) => Some(Refused::Malformed),
+            Some(Refusal::TooLarge) => Some(Refused::HeadTooLarge),
+            Some(Refusal::Version) => Some(Refused::Version),
+            Some(Refusal::Tls) => Some(Refused::TlsToPlain),
+            None => ended,
+        }
     }
 }
 
@@ -1305,6 +1299,7 @@ mod tests {
         #[values(Over::Plain, Over::Tls)] over: Over,
     ) {
         let many = format!("GET /0 HTTP/1.1\r\nHost: h\r\n{}\r\n", "X: y\r\n".repeat(64));
+        let many_and_body = many.replace("Host: h\r\n", "Host: h\r\nContent-Length: 9\r\n");
         let long = "a".repeat(MAX_HEAD + 1);
         for (sent, reason) in [
             ("GET /0\r\n\r\n", Refused::Malformed),
@@ -1313,6 +1308,7 @@ mod tests {
             ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Refused::Version),
             ("GET /0 HTTP/1.2\r\nHost: h\r\n\r\n", Refused::Version),
             (many.as_str(), Refused::HeadTooLarge),
+            (many_and_body.as_str(), Refused::HeadTooLarge),
             (long.as_str(), Refused::HeadTooLarge),
             ("\x16\x03\x01\x02", Refused::TlsToPlain),
         ] {
@@ -1322,8 +1318,8 @@ mod tests {
             assert!(is_200(&client.get("/0").await));
             client.send(sent).await;
             client.rest().await;
-            drop(client);
-            sleep(Duration::from_millis(1)).await;
+            // The server lingers, should the client not close.
+            sleep(LINGER + Duration::from_millis(1)).await;
             assert_eq!((server.refused(reason), server.refusals()), (1, 1), "{sent:?}");
         }
     }
