@@ -878,6 +878,9 @@ mod tests {
             (b"GET /a HTTP/1.1\r\n\r\n", Some(Refusal::Malformed)),
             (b"GET /a HTTP/1.9\r\n", Some(Refusal::Version)),
             (b"PRI * HTTP/2.0\r\n", Some(Refusal::Version)),
+            // hyper would refuse these as well; the guard must not rely on that.
+            (b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", Some(Refusal::Malformed)),
+            (b"GET /a HTTP/1.0\r\n\r\nPRI * HTTP/2.0\r\n", None),
             (&[b'a'; MAX_HEAD + 1], Some(Refusal::TooLarge)),
             // The first bytes of a ClientHello; no line has to end for that.
             (b"\x16\x03\x01\x02", Some(Refusal::Tls)),

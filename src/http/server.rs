@@ -1405,7 +1405,8 @@ mod tests {
             let wire = client.wire();
             wire.write_all(bytes).await.unwrap();
             let mut answer = Vec::new();
-            wire.read_to_end(&mut answer).await.unwrap();
+            let ended = timeout(Duration::from_secs(60), wire.read_to_end(&mut answer)).await;
+            ended.expect("the server does not close").unwrap();
             answer
         };
         assert!(is_200(&server.connect().get("/0").await));
