@@ -88,7 +88,8 @@ pub async fn run(
         tasks.spawn(worker.run(background.clone()));
     }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
-    let relay = Relay::new(authenticator.clone(), enricher, clock, &settings.http, metrics.clone());
+    let relay =
+        Relay::new(authenticator.clone(), enricher, limiter.clone(), clock, &settings.http, metrics.clone());
     let service = http::service(&relay, traces);
     let tls = match &settings.http.tls {
         Some(files) => Some(TlsAcceptor::new(Pair::load(files)?, clock, metrics.clone())),

@@ -141,11 +141,13 @@ const KEYS: &[Key] = &[
     key("cyberscan.hosts"),
     key("cyberscan.timeout"),
     key("cyberscan.retries"),
+    key("cyberscan.private_addresses"),
     key("egress.allow_cidrs"),
     secret("egress.proxy"),
     key("egress.extra_ca_file"),
     key("egress.connect_timeout"),
     key("ctim.tlp"),
+    key("ctim.ip_details_page"),
     key("log.format"),
     key("log.level"),
     key("log.observables"),
@@ -287,11 +289,13 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let hosts = from.list::<egress::host::HostPattern>("cyberscan.hosts", "host names, *.domain or *");
     let timeout = from.duration("cyberscan.timeout");
     let retries = from.value("cyberscan.retries", "a number");
+    let private_addresses = from.value("cyberscan.private_addresses", "true or false");
     let allow_cidrs = from.list("egress.allow_cidrs", NETWORKS);
     let proxy = from.optional::<ProxyUrl>("egress.proxy", "a URL such as http://proxy.example:3128");
     let extra_ca_file = from.optional::<PathBuf>("egress.extra_ca_file", "the path of a file");
     let connect_timeout = from.duration("egress.connect_timeout");
     let tlp = from.value("ctim.tlp", "white, green, amber or red");
+    let ip_details_page = from.value("ctim.ip_details_page", "true or false");
     let revalidate = from.duration("auth.revalidate");
     let memory = from.value("cache.memory", SIZE);
     let soft_timeout = from.duration("cache.soft_timeout");
@@ -344,6 +348,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 hosts: hosts?.into_iter().collect(),
                 timeout: timeout?,
                 retries: retries?,
+                private_addresses: private_addresses?,
                 revalidate: revalidate?,
             },
             egress: egress::Config {
@@ -356,6 +361,8 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             enrich: enrich::Config {
                 deadline: deadline?,
                 concurrency: concurrency?,
+                ip_details_page: ip_details_page?,
+                private_addresses: private_addresses?,
                 tlp: tlp?,
                 rendered_memory: memory.as_ref().map(|Size(bytes)| *bytes as u64 / 4)?,
             },

@@ -24,6 +24,7 @@ mod enrichment;
 mod faults;
 mod golden;
 mod https;
+mod in_front;
 mod limits;
 #[cfg(feature = "otel")]
 mod otel;
@@ -32,6 +33,7 @@ mod proxies;
 mod redis_trouble;
 mod replicas;
 mod routes;
+mod same_everywhere;
 mod storms;
 mod tenancy;
 mod upstream;
