@@ -29,6 +29,7 @@ pub mod admin;
 pub mod app;
 pub mod probe;
 pub mod demo;
+pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 

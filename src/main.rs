@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
-    app, demo,
+    app, demo, doctor,
     hardening::{self, Hardened},
     http::{server, tls::Pair},
     probe, settings,
@@ -62,6 +62,8 @@ enum Command {
     },
     /// Check the configuration and print the settings in force, without secrets.
     Check,
+    /// Try what `check` cannot: names, certificates, answers, Redis, clocks, the public URL; or explain a token.
+    Doctor(doctor::Arguments),
     /// Ask a relay running on this machine whether it serves; for containers.
     Healthcheck,
     /// Have a relay running on this machine, and all replicas, forget answers; needs `admin.token`.
@@ -120,6 +122,9 @@ fn main() -> ExitCode {
     // Before anything else: the environment may hold secrets already.
     let hardened = hardening::harden();
     let CommandLine { command, configuration } = CommandLine::parse();
+    if let Some(Command::Doctor(arguments)) = &command {
+        return doctor::run(arguments, configuration.config.as_deref());
+    }
     match run(command.unwrap_or(Command::Serve), &configuration, &hardened) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -149,6 +154,8 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
         }),
         Command::Check => check(&settings()?),
         Command::Healthcheck => runtime.block_on(healthcheck(&settings()?)),
+        // Its exit status says more than success: see `main`.
+        Command::Doctor(_) => Ok(()),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

@@ -86,6 +86,40 @@ impl std::str::FromStr for Url {
     }
 }
 
+impl Url {
+    /// Where it leads: host and port, nothing else.
+    #[must_use]
+    pub fn place(&self) -> String {
+        let parsed = deadpool_redis::redis::parse_redis_url(self.0.expose_secret());
+        parsed.map_or_else(String::new, |url| {
+            let host = url.host_str().unwrap_or("127.0.0.1");
+            format!("{host}:{}", url.port().unwrap_or(6379))
+        })
+    }
+
+    /// Whether it leads to this machine itself.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        let place = self.place();
+        let host = place.rsplit_once(':').map_or(place.as_str(), |(host, _)| host);
+        let address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>();
+        host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    }
+
+    /// Whether it asks for TLS.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.0.expose_secret().starts_with("rediss://")
+    }
+
+    /// Whether it has a password.
+    #[must_use]
+    pub fn has_password(&self) -> bool {
+        let parsed = deadpool_redis::redis::parse_redis_url(self.0.expose_secret());
+        parsed.is_some_and(|url| url.password().is_some_and(|password| !password.is_empty()))
+    }
+}
+
 /// The operation did not happen, or nobody knows whether it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("redis is not available")]
@@ -239,6 +273,14 @@ impl Redis {
             self.complain(Some(&error));
             Unavailable
         })
+    }
+
+    /// As [`Redis::own_link`], with the reason where there is none and without a time-out, for whoever diagnoses.
+    ///
+    /// # Errors
+    /// The driver's error. Its text may quote what a server said.
+    pub async fn try_link(&self) -> RedisResult<Link> {
+        self.0.pool.connect().await
     }
 
     /// Whether the last operation that was tried worked.
