@@ -13,6 +13,9 @@ demo:
 test:
 	scripts/need-redis.sh
 	scripts/need.sh openssl openssl
+	scripts/need.sh nginx nginx-light
+	scripts/need.sh caddy caddy
+	scripts/need.sh haproxy haproxy
 	$(CARGO) test --locked --quiet
 
 ## What the feature otel adds.

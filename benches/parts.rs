@@ -91,7 +91,7 @@ fn tokens(c: &mut Criterion) {
         headers
     };
     let authorize = async |headers: &HeaderMap| {
-        auth.authorize(Credentials { headers, peer: None }).await.unwrap();
+        auth.authorize(Credentials { headers, peer: None, tls: false }).await.unwrap();
     };
     let seen = headers(0);
     runtime.block_on(authorize(&seen));

@@ -9,6 +9,9 @@ llvm="$(rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')"
 scripts/need.sh "llvm-cov-$llvm" "llvm-$llvm"
 scripts/need-redis.sh
 scripts/need.sh openssl openssl
+scripts/need.sh nginx nginx-light
+scripts/need.sh caddy caddy
+scripts/need.sh haproxy haproxy
 if ! [ -x "$target/tools/bin/cargo-llvm-cov" ]; then
     cargo install cargo-llvm-cov --version "$version" --locked --debug --root "$target/tools" --quiet
 fi

@@ -14,9 +14,13 @@ use crate::{
     cyberscan::{Breaker, Client},
     egress::Http,
     enrich::Enricher,
-    http::{self, Relay},
+    http::{
+        self, Relay,
+        server::Front,
+        tls::{Pair, TlsAcceptor},
+    },
     limiter::Limiter,
-    metrics::Metrics,
+    metrics::{Listener, Metrics},
     redis_pool::Redis,
     settings::Settings,
     telemetry::LogLevel,
@@ -87,6 +91,14 @@ pub async fn run(
     let relay =
         Relay::new(authenticator.clone(), enricher, limiter.clone(), clock, &settings.http, metrics.clone());
     let service = http::service(&relay, traces);
+    let tls = match &settings.http.tls {
+        Some(files) => Some(TlsAcceptor::new(Pair::load(files)?, clock, metrics.clone())),
+        None => None,
+    };
+    if let Some(tls) = tls.clone() {
+        tasks.spawn(tls.watch(background.clone()));
+    }
+    let front = Front { listener: Listener::Public, tls, metrics: metrics.clone() };
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     if let Some((listener, log)) = admin {
         let (measured, cache, runtime) = (metrics.clone(), cached.clone(), Handle::current().metrics());
@@ -111,6 +123,7 @@ pub async fn run(
     metrics.ready.set((), 1);
     info!(
         listen = %listener.local_addr()?,
+        tls = front.tls.is_some(),
         admin = administered.map(tracing::field::display),
         version = env!("CARGO_PKG_VERSION"),
         "ready"
@@ -124,8 +137,7 @@ pub async fn run(
         sleep(settings.shutdown_delay).await;
         draining.cancel();
     };
-    let serving =
-        http::server::serve(listener, service, settings.http.connections, metrics.clone(), draining.clone());
+    let serving = http::server::serve(listener, service, settings.http.connections, front, draining.clone());
     tokio::join!(serving, tell);
     background.cancel();
     tasks.close();

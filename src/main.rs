@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
     app, demo, doctor,
     hardening::{self, Hardened},
-    http::server,
+    http::{server, tls::Pair},
     module_type, probe, settings,
     settings::Settings,
     telemetry::{self, LogLevel},
@@ -155,9 +155,9 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
             demo::run(listen, once, shutdown).await
         }),
         Command::Check => check(&settings()?),
+        Command::Healthcheck => runtime.block_on(healthcheck(&settings()?)),
         // Its exit status says more than success: see `main`.
         Command::Doctor(_) => Ok(()),
-        Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
@@ -215,6 +215,9 @@ async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
 }
 
 fn check(settings: &Settings) -> anyhow::Result<()> {
+    if let Some(files) = &settings.http.tls {
+        Pair::load(files)?;
+    }
     let mut out = std::io::stdout().lock();
     for key in settings.effective() {
         writeln!(out, "{} = {}  # {}", key.key, key.value, key.source)?;
@@ -222,9 +225,13 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn healthcheck(listen: SocketAddr) -> anyhow::Result<()> {
+async fn healthcheck(settings: &Settings) -> anyhow::Result<()> {
     let request = Request::get("/watchdog").header("host", "localhost").header("health-check", "ok");
-    let answer = probe::call(listen, request.body(Full::default())?).await?;
+    let request = request.body(Full::default())?;
+    let answer = match settings.http.tls {
+        Some(_) => probe::call_tls(settings.listen, request).await?,
+        None => probe::call(settings.listen, request).await?,
+    };
     ensure!(answer.status().is_success(), "the relay answered with status {}", answer.status());
     Ok(())
 }

@@ -118,6 +118,53 @@ labels! {
         /// It names no key or host.
         MissingClaims => "missing_claims",
     }
+    /// Where clients connect.
+    Listener {
+        /// For the platform.
+        Public => "public",
+        /// For operators.
+        Admin => "admin",
+    }
+    /// Why a request, or the connection it would have come on, was refused before any route saw it.
+    Refused {
+        /// Its head is not HTTP, or could be read in two ways.
+        Malformed => "malformed",
+        /// HTTP, but neither 1.0 nor 1.1.
+        Version => "version",
+        /// Its head has too many bytes or fields.
+        HeadTooLarge => "head_too_large",
+        /// It has no path: `CONNECT`, `OPTIONS *`.
+        NoPath => "no_path",
+        /// Its head did not end in time.
+        HeaderTimeout => "header_timeout",
+        /// A new connection brought none in time.
+        NoRequest => "no_request",
+        /// A connection without a request gave its slot to a new one.
+        ConnectionLimit => "connection_limit",
+        /// TLS was spoken to a listener of plain HTTP.
+        TlsToPlain => "tls_to_plain_http",
+        /// No TLS came about.
+        Handshake => "tls_handshake",
+    }
+    /// How a TLS handshake ended.
+    Handshake {
+        /// With a connection.
+        Ok => "ok",
+        /// The peer offered no version, cipher suite or protocol that is spoken here.
+        Incompatible => "incompatible",
+        /// The peer did not accept the certificate.
+        Rejected => "rejected",
+        /// What the peer sent is not TLS, or broken.
+        Failed => "failed",
+        /// The peer spoke plain HTTP.
+        PlainHttp => "plain_http",
+        /// It did not end in time.
+        Timeout => "timeout",
+        /// The peer left.
+        Closed => "closed",
+        /// The connection gave its slot to a new one, or the relay was ending.
+        Evicted => "evicted",
+    }
     /// Whether something worked.
     Success {
         /// It did.
@@ -501,6 +548,12 @@ families! {
     panics: Counters<()> = counters("relay_panics_total", []);
     /// Open client connections.
     connections: Gauges<()> = gauges("relay_connections", []);
+    /// Requests and connections refused before any route saw them, by listener and reason.
+    refused: Counters<(Listener, Refused)> = counters("relay_refused_before_routing_total", ["listener", "reason"]);
+    /// TLS handshakes of clients, by outcome.
+    tls_handshakes: Counters<(Handshake,)> = counters("relay_tls_handshakes_total", ["outcome"]);
+    /// When the certificate in use ends, in seconds since the Unix epoch; 0 without TLS.
+    tls_certificate_expiry: Gauges<()> = gauges("relay_tls_certificate_expiry_timestamp_seconds", []);
     /// Tasks of the runtime that have not ended: connections, calls under way, and what runs all the time.
     tasks: Gauges<()> = gauges("relay_tasks", []);
     /// 1 while serving, 0 once the relay has begun to drain.

@@ -129,6 +129,8 @@ const KEYS: &[Key] = &[
     key("server.max_in_flight"),
     key("server.shutdown_timeout"),
     key("server.shutdown_delay"),
+    key("server.tls.certificate"),
+    key("server.tls.key"),
     key("request.deadline"),
     key("request.concurrency"),
     key("auth.audiences"),
@@ -277,6 +279,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let shutdown_timeout = from.duration("server.shutdown_timeout");
     let shutdown_delay = from.duration("server.shutdown_delay");
     let max_in_flight = from.value::<NonZeroUsize>("server.max_in_flight", COUNT);
+    let tls = from.tls();
     let deadline = from.duration("request.deadline");
     let concurrency = from.value("request.concurrency", COUNT);
     let audiences = from.list::<String>("auth.audiences", "URLs");
@@ -401,6 +404,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                     idle_timeout: idle_timeout?,
                     shutdown_timeout: shutdown_timeout?,
                 },
+                tls: tls?,
                 body_limit: body_limit.map(|Size(bytes)| bytes)?,
                 body_timeout: body_timeout?,
                 max_in_flight: max_in_flight?.get(),
@@ -462,6 +466,21 @@ impl Reader {
                 Ok(value) => Some(Some(value)),
                 Err(_) => self.unfit(key, text, expected),
             },
+        }
+    }
+
+    /// The files of HTTPS: both or none. What is in them is for `serve` and `check` alone: a renewal that went
+    /// wrong must not fail a health check while the relay goes on with what it has.
+    fn tls(&mut self) -> Option<Option<http::tls::Config>> {
+        const CERTIFICATE: &str = "server.tls.certificate";
+        const KEY: &str = "server.tls.key";
+        const EXPECTED: &str = "the path of a PEM file";
+        let (certificate, key) = (self.optional(CERTIFICATE, EXPECTED), self.optional(KEY, EXPECTED));
+        match (certificate?, key?) {
+            (None, None) => Some(None),
+            (Some(certificate), Some(key)) => Some(Some(http::tls::Config { certificate, key })),
+            (Some(_), None) => self.fault(KEY, format!("expected {EXPECTED}, because {CERTIFICATE} is set")),
+            (None, Some(_)) => self.fault(CERTIFICATE, format!("expected {EXPECTED}, because {KEY} is set")),
         }
     }
 

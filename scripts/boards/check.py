@@ -25,7 +25,11 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RUNBOOK = ROOT / "docs" / "runbook.md"
 
 # Metrics of the relay that need no panel, each with its reason.
-NO_PANEL: dict[str, str] = {}
+NO_PANEL: dict[str, str] = {
+    "relay_refused_before_routing_total": "the log names reason and peer; docs/deploying.md says what each reason is",
+    "relay_tls_handshakes_total": "only with server.tls; docs/deploying.md says what to look for",
+    "relay_tls_certificate_expiry_timestamp_seconds": "only with server.tls; docs/deploying.md has an alert for it",
+}
 
 # What the runbook quotes that is no panel's title.
 SAID = {"Wrong jwks_host"}

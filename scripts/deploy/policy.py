@@ -127,6 +127,18 @@ def kubernetes(path, name):
         rule(float(share) * scaler["maxReplicas"] <= 1, f"{own} without Redis all replicas together keep to the quotas")
         rule("RELAY_AUTH_AUDIENCES" in settings, f"{own} the audience is set")
         rule(all("_FILE" in key for key in settings if re.search("TOKEN|REDIS_URL|ENCRYPTION", key)), f"{own} secrets are files")
+        ingress = documents["Ingress"]["spec"]
+        (entry,) = ingress["rules"]
+        rule(f"https://{entry['host']}" == settings["RELAY_AUTH_AUDIENCES"], f"{own} the Ingress's host is the audience")
+        rule(ingress["tls"] == [{"hosts": [entry["host"]], "secretName": "cyberscan-relay-tls"}], f"{own} the Ingress has a certificate")
+        for path in entry["http"]["paths"]:
+            service = path["backend"]["service"]
+            rule(service["name"] == documents["Service"]["metadata"]["name"], f"{own} the Ingress leads to the Service")
+            rule(service["port"] == {"name": "http"}, f"{own} the Ingress leads to the public listener only")
+        nginx = {key.split("/")[1]: value for key, value in documents["Ingress"]["metadata"]["annotations"].items()}
+        rule(int(nginx["proxy-read-timeout"]) > 35, f"{own} the Ingress waits for the longest answer")
+        rule(nginx["proxy-http-version"] == "1.1", f"{own} the Ingress keeps its connections")
+        rule(nginx["proxy-body-size"] == "2m", f"{own} bodies are the relay's to refuse")
         rule({"ServiceMonitor", "PrometheusRule"} <= set(documents), f"{own} watched by Prometheus")
         endpoint = documents["ServiceMonitor"]["spec"]
         rule(endpoint["selector"]["matchLabels"].items() <= documents["Service"]["metadata"]["labels"].items(),

@@ -164,7 +164,7 @@ def admin(checks, address, token):
                 checks.that(f"{path}: 401 without the token", status == 401 and headers["www-authenticate"] == "Bearer" and not faults, f"{status} {faults}")
             status, _, text = ask(address, method, path, b"x" * 4097, **authorized)
             checks.that(f"{path}: 413", status == 413 and not meets(document, error, text), str(status))
-        methods = {**item, **({"head": {}} if "get" in item else {})}
+        methods = {**item, "options": {}, **({"head": {}} if "get" in item else {})}
         other_methods(checks, document, address, path, methods, error)
     status, _, text = ask(address, "GET", "/nope")
     checks.that("/nope: 404", status == 404 and not meets(document, error, text), str(status))

@@ -16,7 +16,7 @@ use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use hyper::{
     body::Incoming,
     service::{Service, service_fn},
@@ -34,8 +34,8 @@ use crate::{
     cache::{Cached, tier::Name},
     ctim::Subject,
     cyberscan::CyberScan,
-    http::server,
-    metrics::Metrics,
+    http::server::{self, Front},
+    metrics::{Listener, Metrics},
     redis_pool::Unavailable,
     telemetry::LogLevel,
 };
@@ -102,18 +102,24 @@ pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: C
         idle_timeout: Duration::from_secs(75),
         shutdown_timeout: Duration::from_secs(1),
     };
+    let front = Front { listener: Listener::Admin, tls: None, metrics: admin.metrics.clone() };
     let routes = TowerToHyperService::new(warp::service(routes(Arc::new(admin))));
     // Also a body that never ends is given up.
     let service = service_fn(move |request: Request<Incoming>| {
-        let answering = timeout(WHOLE, routes.call(request));
+        // Targets without a path (`CONNECT host:443`, `OPTIONS *`) panic some of warp's path filters.
+        let has_path = request.uri().path().starts_with('/');
+        let answering = has_path.then(|| timeout(WHOLE, routes.call(request)));
         async move {
-            answering.await.unwrap_or_else(|_| {
-                let status = StatusCode::REQUEST_TIMEOUT;
-                Ok(answer(status, &json!({"error": status.canonical_reason()})))
-            })
+            let failed = |status: StatusCode| answer(status, &json!({"error": status.canonical_reason()}));
+            match answering {
+                Some(answering) => {
+                    answering.await.unwrap_or_else(|_| Ok(failed(StatusCode::REQUEST_TIMEOUT)))
+                }
+                None => Ok(failed(StatusCode::METHOD_NOT_ALLOWED)),
+            }
         }
     });
-    server::serve(listener, service, config, Metrics::new(), shutdown).await;
+    server::serve(listener, service, config, front, shutdown).await;
 }
 
 fn routes<C: Purge>(
@@ -146,26 +152,38 @@ fn routes<C: Purge>(
     let level = warp::path!("log-level").and(warp::put()).and(changing).then(
         async |admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes| set_level(&admin, &headers, &body),
     );
-    let nothing =
-        warp::path::full().and_then(async |path: FullPath| Err::<Reply, _>(unserved(path.as_str())));
+    let nothing = warp::method()
+        .and(warp::path::full())
+        .and_then(async |method: Method, path: FullPath| Err::<Reply, _>(unserved(&method, path.as_str())));
     reading.or(purge).unify().or(level).unify().or(nothing).unify().recover(refuse).unify()
 }
 
 /// A known path that has not been served is asked with a method it does not have, or brings no fit body.
 #[derive(Debug)]
-struct Allow(&'static str);
+struct Allow {
+    methods: &'static str,
+    /// It was asked with OPTIONS, as load balancers' checks do that want to know whether somebody is there.
+    options: bool,
+}
 
 impl warp::reject::Reject for Allow {}
 
-fn unserved(path: &str) -> Rejection {
-    match path {
+/// There is no such path, whatever the method.
+#[derive(Debug)]
+struct Nowhere;
+
+impl warp::reject::Reject for Nowhere {}
+
+fn unserved(method: &Method, path: &str) -> Rejection {
+    let methods = match path {
         "/" | "/status" | "/status.css" | "/status.js" | "/metrics" | "/livez" | "/readyz" => {
-            warp::reject::custom(Allow("GET, HEAD"))
+            "GET, HEAD, OPTIONS"
         }
-        "/purge" => warp::reject::custom(Allow("POST")),
-        "/log-level" => warp::reject::custom(Allow("PUT")),
-        _ => warp::reject::not_found(),
-    }
+        "/purge" => "POST, OPTIONS",
+        "/log-level" => "PUT, OPTIONS",
+        _ => return warp::reject::custom(Nowhere),
+    };
+    warp::reject::custom(Allow { methods, options: method == Method::OPTIONS })
 }
 
 fn text(kind: &'static str, body: impl Into<Bytes>) -> Reply {
@@ -281,8 +299,15 @@ fn name(text: &str) -> Option<Name> {
 }
 
 async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
-    let allow = rejection.find::<Allow>().map(|Allow(methods)| *methods);
-    let status = if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
+    let allow = rejection.find::<Allow>();
+    if let Some(Allow { methods, options: true }) = allow {
+        let mut reply = text("text/plain", "");
+        reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(methods));
+        return Ok(reply);
+    }
+    let status = if rejection.find::<Nowhere>().is_some() {
+        StatusCode::NOT_FOUND
+    } else if rejection.find::<warp::reject::PayloadTooLarge>().is_some() {
         StatusCode::PAYLOAD_TOO_LARGE
     } else if rejection.find::<warp::reject::LengthRequired>().is_some() {
         StatusCode::LENGTH_REQUIRED
@@ -294,8 +319,8 @@ async fn refuse(rejection: Rejection) -> Result<Reply, Infallible> {
         StatusCode::BAD_REQUEST
     };
     let mut reply = answer(status, &json!({"error": status.canonical_reason()}));
-    if let Some(allow) = allow.filter(|_| status == StatusCode::METHOD_NOT_ALLOWED) {
-        reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
+    if let Some(Allow { methods, .. }) = allow.filter(|_| status == StatusCode::METHOD_NOT_ALLOWED) {
+        reply.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(methods));
     }
     Ok(reply)
 }

@@ -111,6 +111,8 @@ pub struct Credentials<'a> {
     pub headers: &'a HeaderMap,
     /// The peer's address, if known.
     pub peer: Option<IpAddr>,
+    /// Whether the request came over TLS of our own.
+    pub tls: bool,
 }
 
 /// Verifies tokens; a cheap clone.
@@ -253,11 +255,12 @@ impl Authenticator {
             let value = request.headers.get_all(name).iter().next_back()?.to_str().ok()?;
             Some(value.rsplit(',').next().unwrap_or(value).trim())
         };
-        let scheme = forwarded("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
+        let https = forwarded("x-forwarded-proto").map_or(request.tls, |scheme| scheme == "https");
+        let scheme = if https { "https" } else { "http" };
         let host = forwarded("x-forwarded-host")
             .or_else(|| request.headers.get(header::HOST)?.to_str().ok())
             .unwrap_or_default();
-        let usual_port = if scheme == "https" { ":443" } else { ":80" };
+        let usual_port = if https { ":443" } else { ":80" };
         let host = host.strip_suffix(usual_port).unwrap_or(host);
         !host.is_empty()
             && audience.strip_prefix(scheme).and_then(|rest| rest.strip_prefix("://")) == Some(host)
@@ -334,7 +337,7 @@ mod tests {
         async fn authorize(&self, token: &str) -> Result<Authorized, AuthError> {
             let mut headers = HeaderMap::new();
             headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
-            self.auth.authorize(Credentials { headers: &headers, peer: None }).await
+            self.auth.authorize(Credentials { headers: &headers, peer: None, tls: false }).await
         }
 
         fn claims(&self, changes: &[(&str, Value)]) -> Value {
@@ -587,7 +590,7 @@ mod tests {
     #[tokio::test]
     async fn without_configured_audiences_the_request_says_who_we_are() {
         let rig = rig_with(|config| config.audiences.clear()).await;
-        let outcome = async |aud: &str, host: &str, peer: &str, forwarded: &[(&'static str, &str)]| {
+        let ask = async |aud: &str, host: &str, peer: &str, forwarded: &[(&'static str, &str)], tls| {
             let token = rig.sandbox.issuer.mint(&rig.claims(&[("aud", json!(aud))]));
             let mut headers = HeaderMap::new();
             headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
@@ -596,7 +599,10 @@ mod tests {
                 headers.append(*name, HeaderValue::from_str(value).unwrap());
             }
             let peer = Some(peer.parse().unwrap());
-            rig.auth.authorize(Credentials { headers: &headers, peer }).await.err()
+            rig.auth.authorize(Credentials { headers: &headers, peer, tls }).await.err()
+        };
+        let outcome = async |aud: &str, host: &str, peer: &str, forwarded: &[(&'static str, &str)]| {
+            ask(aud, host, peer, forwarded, false).await
         };
         let https = [("x-forwarded-proto", "http, https")];
         let elsewhere = [("x-forwarded-host", "evil.test, relay.example")];
@@ -617,6 +623,20 @@ mod tests {
         ] {
             let error = Some(AuthError::WrongAudience);
             assert_eq!(outcome(aud, host, peer, forwarded).await, error, "{aud} {host} {peer}");
+        }
+
+        // Over TLS of our own.
+        let http = [("x-forwarded-proto", "http")];
+        for (aud, host, peer, forwarded, error) in [
+            ("https://relay.example", "relay.example", stranger, &[][..], None),
+            ("https://relay.example", "relay.example:443", stranger, &[], None),
+            ("https://relay.example:8443", "relay.example:8443", stranger, &http, None),
+            ("http://relay.example", "relay.example", proxy, &http, None),
+            ("http://relay.example", "relay.example", stranger, &[], Some(AuthError::WrongAudience)),
+            ("http://relay.example", "relay.example", stranger, &http, Some(AuthError::WrongAudience)),
+            ("https://relay.example", "relay.example", proxy, &http, Some(AuthError::WrongAudience)),
+        ] {
+            assert_eq!(ask(aud, host, peer, forwarded, true).await, error, "{aud} {host} {peer}");
         }
     }
 

@@ -128,16 +128,16 @@ pub async fn explain(
         return Ok(no_header_value());
     };
     let depends = settings.auth.audiences.is_empty();
-    let mut peer = None;
+    let (mut peer, tls) = (None, settings.http.tls.is_some());
     if depends {
-        let first = authenticator.explain(Credentials { headers: &headers, peer }).await;
+        let first = authenticator.explain(Credentials { headers: &headers, peer, tls }).await;
         let reached = url.map(|url| url.as_str().to_owned()).or_else(|| audience(&first.said));
         if let Some(reached) = reached.and_then(|reached| Url::parse(&reached).ok()) {
             arrive(&mut headers, &reached);
             peer = settings.auth.trusted_proxies.first().map(ipnet::IpNet::addr);
         }
     }
-    let explanation = authenticator.explain(Credentials { headers: &headers, peer }).await;
+    let explanation = authenticator.explain(Credentials { headers: &headers, peer, tls }).await;
     let mut report = TokenReport {
         said: said(&explanation.said, &explanation.verdict, clock),
         steps: explanation.steps.iter().map(|step| line(step, &explanation, settings, clock)).collect(),

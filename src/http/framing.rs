@@ -8,13 +8,17 @@
 //! next head begins. In the place of a bad head hyper is handed one that it certainly refuses, and
 //! then the end of the stream: it answers 400 or 431 itself and closes, and nothing that came after
 //! the bad head is ever interpreted. A bad chunk is a read error: the service's body stream fails.
+//!
+//! HTTP/1.0 has no chunks and needs no `Host`; its framing is a `Content-Length` or nothing. Its request is
+//! the last of the connection, whatever it says of keep-alive: bytes after it are never interpreted, so no
+//! proxy that reuses the connection can be led to take one answer for another.
 
 use std::{
     io,
     ops::Range,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -27,12 +31,17 @@ use tokio_util::io::poll_read_buf;
 /// The longest head, request line and blank line included. hyper's `max_buf_size` must not be less,
 /// or it would refuse a head that passed here.
 pub(crate) const MAX_HEAD: usize = 32 * 1024;
+/// Fields of a head, at most. Nor must hyper's limit be less than this one.
+pub(super) const MAX_FIELDS: usize = 64;
 /// The longest line that announces a chunk: 16 digits and room for extensions, which nobody uses.
 const MAX_CHUNK_LINE: usize = 16 + 256;
 /// All trailer lines of one body together.
 const MAX_TRAILERS: usize = 8 * 1024;
 /// How much is asked of the socket at a time.
 const READ_STEP: usize = 8 * 1024;
+
+/// A TLS record begins with it, and no request does.
+const TLS_HANDSHAKE: u8 = 0x16;
 
 /// No method begins with NUL: hyper answers 400.
 const REFUSED_HEAD: &[u8] = b"\0\r\n\r\n";
@@ -47,13 +56,19 @@ pub(crate) struct Guard<IO> {
     line: usize,
     searched: usize,
     stage: Stage,
+    /// The request under way is the connection's last: it is HTTP/1.0.
+    last: bool,
     ended: bool,
     progress: Arc<Progress>,
 }
 
 /// How far the stream of requests has come; shared with whoever watches the connection's clocks.
 #[derive(Debug, Default)]
-pub(crate) struct Progress(AtomicU64);
+pub(crate) struct Progress {
+    /// Twice the number of complete heads, and one more while a head is partly there.
+    heads: AtomicU64,
+    refusal: OnceLock<Refusal>,
+}
 
 /// What the next withheld byte belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +79,8 @@ enum Stage {
     Chunk(u64),
     ChunkEnd,
     Trailers(usize),
+    /// The connection's last request is complete: what follows is not even looked at.
+    Over,
     /// A head was refused: its stand-in is in the buffer, and after it the stream is over.
     Refused,
     /// A chunk was refused: every further read fails.
@@ -74,34 +91,60 @@ enum Stage {
 #[derive(Clone, Copy, Debug, Default)]
 struct Head {
     blank_line: bool,
-    request_line: bool,
+    version: Option<Version>,
+    fields: usize,
     host: bool,
     length: Option<u64>,
     chunked: bool,
 }
 
+/// How a request's body is framed.
+enum Body {
+    None,
+    Sized(u64),
+    Chunked,
+}
+
+/// The versions whose framing is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    Http10,
+    Http11,
+}
+
 /// Why a request is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refusal {
+pub(crate) enum Refusal {
+    /// It is not HTTP, or could be read in two ways.
     Malformed,
+    /// A head, a chunk's line or trailers beyond their limit.
     TooLarge,
+    /// HTTP, but neither 1.0 nor 1.1.
+    Version,
+    /// TLS, where plain HTTP is spoken.
+    Tls,
 }
 
 impl Progress {
     /// The ordinal of the head of which some bytes, but not all, have come; `None` between
     /// requests and inside a body.
     pub(crate) fn partial_head(&self) -> Option<u64> {
-        let state = self.0.load(Ordering::Relaxed);
+        let state = self.heads.load(Ordering::Relaxed);
         (state & 1 == 1).then_some(state >> 1)
     }
 
+    /// Why the connection's last head was refused here, if it was.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        self.refusal.get().copied()
+    }
+
     fn partial(&self, inside: bool) {
-        let state = self.0.load(Ordering::Relaxed) & !1;
-        self.0.store(state | u64::from(inside), Ordering::Relaxed);
+        let state = self.heads.load(Ordering::Relaxed) & !1;
+        self.heads.store(state | u64::from(inside), Ordering::Relaxed);
     }
 
     fn head_complete(&self) {
-        self.0.fetch_add(2, Ordering::Relaxed);
+        self.heads.fetch_add(2, Ordering::Relaxed);
     }
 }
 
@@ -114,6 +157,7 @@ impl<IO> Guard<IO> {
             line: 0,
             searched: 0,
             stage: Stage::Head(Head::default()),
+            last: false,
             ended: false,
             progress: Arc::default(),
         }
@@ -143,7 +187,7 @@ impl<IO> Guard<IO> {
         match self.stage {
             Stage::Head(head) => self.head_line(head),
             Stage::Sized(left) => Ok(self.data(left).map(|left| match left {
-                0 => Stage::Head(Head::default()),
+                0 => self.next_request(),
                 left => Stage::Sized(left),
             })),
             Stage::ChunkLine => {
@@ -181,33 +225,43 @@ impl<IO> Guard<IO> {
                     field(self.bytes(line))?;
                 }
                 self.pass(self.line);
-                Ok(Some(if last { Stage::Head(Head::default()) } else { Stage::Trailers(size) }))
+                Ok(Some(if last { self.next_request() } else { Stage::Trailers(size) }))
             }
-            Stage::Refused | Stage::Broken => Ok(None),
+            Stage::Over | Stage::Refused | Stage::Broken => Ok(None),
         }
+    }
+
+    fn next_request(&self) -> Stage {
+        if self.last { Stage::Over } else { Stage::Head(Head::default()) }
     }
 
     /// Judges one line of a head. Nothing of the head is passed on before all of it is good.
     fn head_line(&mut self, mut head: Head) -> Result<Option<Stage>, Refusal> {
+        // A ClientHello need not have a line feed: its peer would be left to the clock.
+        if head.version.is_none() && self.buf.get(self.line) == Some(&TLS_HANDSHAKE) {
+            return Err(Refusal::Tls);
+        }
         let line = self.next_line()?;
         within(self.searched - self.passed, MAX_HEAD)?;
         let Some(line) = line else {
             return Ok(None);
         };
-        match (self.bytes(line), head.request_line) {
+        match (self.bytes(line), head.version) {
             // RFC 9112 §2.2: an empty line before the request line is let pass, but only one.
-            ([], false) if !head.blank_line => head.blank_line = true,
-            (line, false) => {
-                request_line(line)?;
-                head.request_line = true;
-            }
-            ([], true) => {
-                let body = head.body()?;
+            ([], None) if !head.blank_line => head.blank_line = true,
+            (line, None) => head.version = Some(request_line(line)?),
+            ([], Some(version)) => {
+                let length = head.body(version)?;
                 self.pass(self.line);
                 self.progress.head_complete();
-                return Ok(Some(body));
+                self.last = version == Version::Http10;
+                return Ok(Some(match length {
+                    Body::None => self.next_request(),
+                    Body::Sized(length) => Stage::Sized(length),
+                    Body::Chunked => Stage::ChunkLine,
+                }));
             }
-            (line, true) => head.field(line)?,
+            (line, Some(_)) => head.field(line)?,
         }
         Ok(Some(Stage::Head(head)))
     }
@@ -242,7 +296,7 @@ impl<IO> Guard<IO> {
     fn refuse(&mut self, refusal: Refusal) {
         self.buf.truncate(self.passed);
         self.stage = match (self.stage, refusal) {
-            (Stage::Head(_), Refusal::Malformed) => {
+            (Stage::Head(_), Refusal::Malformed | Refusal::Version | Refusal::Tls) => {
                 self.buf.extend_from_slice(REFUSED_HEAD);
                 Stage::Refused
             }
@@ -253,6 +307,9 @@ impl<IO> Guard<IO> {
             }
             _ => Stage::Broken,
         };
+        if matches!(self.stage, Stage::Refused) {
+            self.progress.refusal.get_or_init(|| refusal);
+        }
         self.pass(self.buf.len());
     }
 
@@ -283,6 +340,8 @@ impl<IO> Guard<IO> {
 impl Head {
     fn field(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let (name, value) = field(line)?;
+        self.fields += 1;
+        within(self.fields, MAX_FIELDS)?;
         let again = if name.eq_ignore_ascii_case(b"host") {
             std::mem::replace(&mut self.host, true)
         } else if name.eq_ignore_ascii_case(b"content-length") {
@@ -298,29 +357,34 @@ impl Head {
         require(!again)
     }
 
-    /// How the body is framed, when the head as a whole is good.
-    fn body(self) -> Result<Stage, Refusal> {
-        require(self.host)?;
-        match (self.length, self.chunked) {
-            (Some(_), true) => Err(Refusal::Malformed),
-            (None, true) => Ok(Stage::ChunkLine),
-            (None | Some(0), false) => Ok(Stage::Head(Head::default())),
-            (Some(length), false) => Ok(Stage::Sized(length)),
+    /// How the body is framed, when the head as a whole is good. RFC 9112 §6.1: a transfer coding in
+    /// HTTP/1.0 means that somebody on the way did not understand it.
+    fn body(self, version: Version) -> Result<Body, Refusal> {
+        require(self.host || version == Version::Http10)?;
+        match (self.length, self.chunked, version) {
+            (Some(_), true, _) | (None, true, Version::Http10) => Err(Refusal::Malformed),
+            (None, true, Version::Http11) => Ok(Body::Chunked),
+            (None | Some(0), false, _) => Ok(Body::None),
+            (Some(length), false, _) => Ok(Body::Sized(length)),
         }
     }
 }
 
-/// `method SP target SP HTTP/1.1`, and no other version: an HTTP/1.0 hop has other rules for where a
-/// message ends, and the preface of HTTP/2 ends here as well.
-fn request_line(line: &[u8]) -> Result<(), Refusal> {
+/// `method SP target SP version`. The preface of HTTP/2 ends here as well.
+fn request_line(line: &[u8]) -> Result<Version, Refusal> {
     let mut parts = line.split(|&byte| byte == b' ');
     let (method, target, version) = (parts.next(), parts.next(), parts.next());
     require(
         method.is_some_and(is_token)
             && target.is_some_and(|it| !it.is_empty() && it.iter().all(u8::is_ascii_graphic))
-            && version == Some(b"HTTP/1.1")
             && parts.next().is_none(),
-    )
+    )?;
+    match version.and_then(|version| version.strip_prefix(b"HTTP/")) {
+        Some(b"1.1") => Ok(Version::Http11),
+        Some(b"1.0") => Ok(Version::Http10),
+        Some([b'0'..=b'9', b'.', b'0'..=b'9']) => Err(Refusal::Version),
+        _ => Err(Refusal::Malformed),
+    }
 }
 
 /// `name ":" OWS value OWS`. A folded line and a space before the colon fail as names.
@@ -377,6 +441,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Guard<IO> {
                 return Poll::Ready(Ok(()));
             }
             match this.stage {
+                // Not an end: hyper would take it for a peer that left, and drop the answer. One that does not
+                // send any more (HTTP/1.0 clients like to say so at once) may well read.
+                Stage::Over if this.ended || this.withheld() > 0 => return Poll::Pending,
                 Stage::Refused => return Poll::Ready(Ok(())),
                 Stage::Broken => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
                 _ if this.ended => return Poll::Ready(Ok(())),
@@ -453,22 +520,22 @@ mod tests {
         time::timeout,
     };
 
-    use super::*;
+    use super::{super::server::closing_old, *};
 
     /// What a conversation came to: `[target+bytes …] status … open|closed`.
     async fn talk(pieces: &[&[u8]]) -> String {
         let (mut client, socket) = duplex(256 * 1024);
         let seen = Mutex::new(Vec::new());
         let service = service_fn(|request: Request<Incoming>| async {
-            let target = request.uri().to_string();
+            let (target, version) = (request.uri().to_string(), request.version());
             let (came, status) = match request.into_body().collect().await {
                 Ok(body) => (body.to_bytes().len().to_string(), 200),
                 Err(_) => ("broken".to_owned(), 422),
             };
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             seen.push(format!("{target}+{came}"));
-            let answer = Response::builder().status(status);
-            Ok::<_, Infallible>(answer.body(Empty::<Bytes>::new()).unwrap())
+            let answer = Response::builder().status(status).body(Empty::<Bytes>::new()).unwrap();
+            Ok::<_, Infallible>(closing_old(version, answer))
         });
         let connection = http1::Builder::new()
             .header_read_timeout(None)
@@ -493,8 +560,8 @@ mod tests {
         let received = String::from_utf8(received).unwrap();
         let seen = seen.lock().unwrap().join(" ");
         let statuses: String = received
-            .split("HTTP/1.1 ")
-            .filter_map(|answer| answer.get(..4))
+            .split("HTTP/1.")
+            .filter_map(|answer| answer.get(2..6))
             .filter(|status| *status != "100 ")
             .collect();
         if statuses.ends_with("400 ") || statuses.ends_with("431 ") {
@@ -529,6 +596,22 @@ mod tests {
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "[/a+0] 200 open"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0000000000000003\r\nabc\r\n0000\r\n\r\n", "[/a+3] 200 open"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3;x=\"y\"\r\nabc\r\nA\r\n0123456789\r\n0\r\nT: u\r\n\r\n", "[/a+13] 200 open"),
+        // HTTP/1.0: no Host needed, and the connection's last request, whatever it says.
+        (b"GET /a HTTP/1.0\r\nHost: h\r\n\r\n", "[/a+0] 200 closed"),
+        (b"GET /a HTTP/1.0\r\n\r\n", "[/a+0] 200 closed"),
+        (b"OPTIONS / HTTP/1.0\r\n\r\n", "[/+0] 200 closed"),
+        (b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\nKeep-Alive: 5\r\n\r\n", "[/a+0] 200 closed"),
+        (b"POST /a HTTP/1.0\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", "[/a+3] 200 closed"),
+        (b"POST /a HTTP/1.0\r\nContent-Length: 0\r\n\r\n", "[/a+0] 200 closed"),
+        (b"POST /a HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc", "[/a+3] 200 closed"),
+        (b"GET /a HTTP/1.1\r\nHost: h\r\n\r\nGET /b HTTP/1.0\r\n\r\n", "[/a+0 /b+0] 200 200 closed"),
+        // What follows it is nothing: neither a request, nor the body of one that announces none.
+        (b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+0] 200 closed"),
+        (b"POST /a HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\nbGET /x HTTP/1.0\r\n\r\n", "[/a+1] 200 closed"),
+        (b"POST /a HTTP/1.0\r\n\r\nabc", "[/a+0] 200 closed"),
+        (b"GET /a HTTP/1.0\r\n\r\n\0\0", "[/a+0] 200 closed"),
+        (b"POST /a HTTP/1.0\r\nContent-Length: 3\r\n\r\nab", "[] open"),
+        (b"GET /a HTTP/1.0\r\n", "[] open"),
         // Pipelined.
         (b"GET /a HTTP/1.1\r\nHost: h\r\n\r\nGET /b HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+0 /b+0] 200 200 open"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabcGET /b HTTP/1.1\r\nHost: h\r\n\r\nGET /c HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+3 /b+0 /c+0] 200 200 200 open"),
@@ -557,7 +640,12 @@ mod tests {
         (b"\nGET /a HTTP/1.1\r\nHost: h\r\n\r\n", "[] 400 closed"),
         // Request line.
         (b"GET /a\r\nHost: h\r\n\r\n", "[] 400 closed"),
-        (b"GET /a HTTP/1.0\r\nHost: h\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1.0\n\n", "[] 400 closed"),
+        (b"GET /a HTTP/0.9\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1.00\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1.\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/01.0\r\n\r\n", "[] 400 closed"),
         (b"GET /a HTTP/1.2\r\nHost: h\r\n\r\n", "[] 400 closed"),
         (b"GET /a HTTP/2.0\r\nHost: h\r\n\r\n", "[] 400 closed"),
         (b"GET /a http/1.1\r\nHost: h\r\n\r\n", "[] 400 closed"),
@@ -631,6 +719,15 @@ mod tests {
         (b"GET /a HTTP/1.1\r\nHost: h\r\n\r\nGET /b HTTP/1.1\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+0] 200 400 closed"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nab GET /x HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+1] 200 400 closed"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n", "[/a+0] 200 400 closed"),
+        // HTTP/1.0 knows no codings, and is no laxer in anything else.
+        (b"POST /a HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "[] 400 closed"),
+        (b"POST /a HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: identity\r\n\r\n", "[] 400 closed"),
+        (b"POST /a HTTP/1.0\r\nContent-Length: 33\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1.0\r\nHost: h\r\nHost: i\r\n\r\n", "[] 400 closed"),
+        (b"POST /a HTTP/1.0\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc", "[] 400 closed"),
+        (b"POST /a HTTP/1.0\r\nContent-Length: +3\r\n\r\nabc", "[] 400 closed"),
+        (b"GET /a HTTP/1.0\r\nX: y\r\n z\r\n\r\n", "[] 400 closed"),
+        (b"GET /a HTTP/1.0\r\nX : y\r\n\r\n", "[] 400 closed"),
         // Chunks: the body breaks, and with it the connection.
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n", "[/a+broken] 422 closed"),
         (b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n", "[/a+broken] 422 closed"),
@@ -764,12 +861,42 @@ mod tests {
             ("ET /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\n", None),
             ("abc", None),
             ("GET /a HTTP/1.1\r\nHost: h\r\n\r\n", None),
-            ("GET / HTTP/1.0\r\n", None),
+            ("GET / HTTP/2.0\r\n", None),
         ] {
             client.write_all(sent.as_bytes()).await.unwrap();
             assert!(guard.read(&mut out).await.unwrap() > 0);
             assert_eq!(progress.partial_head(), partial, "{sent}");
         }
         assert_eq!(guard.read(&mut out).await.unwrap(), 0, "nothing after a refusal");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn why_a_head_was_refused_can_be_told() {
+        for (sent, why) in [
+            (&b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"[..], None),
+            (b"GET /a\r\n\r\n", Some(Refusal::Malformed)),
+            (b"GET /a HTTP/1.1\r\n\r\n", Some(Refusal::Malformed)),
+            (b"GET /a HTTP/1.9\r\n", Some(Refusal::Version)),
+            (b"PRI * HTTP/2.0\r\n", Some(Refusal::Version)),
+            // hyper would refuse these as well; the guard must not rely on that.
+            (b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", Some(Refusal::Malformed)),
+            (b"GET /a HTTP/1.0\r\n\r\nPRI * HTTP/2.0\r\n", None),
+            (&[b'a'; MAX_HEAD + 1], Some(Refusal::TooLarge)),
+            // The first bytes of a ClientHello; no line has to end for that.
+            (b"\x16\x03\x01\x02", Some(Refusal::Tls)),
+            (b"\r\n\x16", Some(Refusal::Tls)),
+            (b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n\x16\x03\x01", Some(Refusal::Tls)),
+            (b"GET /a HTTP/1.1\r\n\x16", None),
+        ] {
+            let (mut client, socket) = duplex(64 * 1024);
+            let mut guard = Guard::new(socket);
+            let progress = guard.progress();
+            client.write_all(sent).await.unwrap();
+            drop(client);
+            // After the last request of a connection there is no end to read, so that its answer is not dropped.
+            let reading = async { while guard.read(&mut [0; 4096]).await.unwrap() > 0 {} };
+            let _ = tokio::time::timeout(std::time::Duration::from_secs(1), reading).await;
+            assert_eq!(progress.refusal(), why, "{}", sent.escape_ascii());
+        }
     }
 }

@@ -15,10 +15,9 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     Config, Relay, Reply,
-    framing::{Guard, MAX_HEAD},
+    framing::{Guard, MAX_FIELDS, MAX_HEAD},
     observables::{self, Invalid},
-    server::{self, MAX_FIELDS},
-    service,
+    server, service,
 };
 use crate::{
     auth::{self, Authenticator},
@@ -97,10 +96,13 @@ fn is_sound(input: &[u8]) -> bool {
     let (request, fields) = head.split_once("\r\n").unwrap_or((head, ""));
     let fields: Vec<&str> = fields.split("\r\n").filter_map(|line| Some(line.split_once(':')?.0)).collect();
     let count = |name| fields.iter().filter(|field| field.eq_ignore_ascii_case(name)).count();
-    head.split("\r\n").all(|line| !line.contains(['\r', '\n']))
-        && request.ends_with(" HTTP/1.1")
-        && count("host") == 1
-        && count("content-length") + count("transfer-encoding") <= 1
+    let (lengths, codings) = (count("content-length"), count("transfer-encoding"));
+    let by_version = match request.rsplit_once(' ') {
+        Some((_, "HTTP/1.1")) => count("host") == 1,
+        Some((_, "HTTP/1.0")) => count("host") <= 1 && codings == 0,
+        _ => false,
+    };
+    by_version && lengths + codings <= 1 && head.split("\r\n").all(|line| !line.contains(['\r', '\n']))
 }
 
 /// The relay as it is on a connection; the statuses it answers pieces of a stream with.
@@ -162,7 +164,7 @@ where
 fn statuses(received: &[u8]) -> Vec<u16> {
     let received = String::from_utf8_lossy(received);
     let status = |line: &str| {
-        let (_, status) = line.rsplit_once("HTTP/1.1 ")?;
+        let (_, status) = line.rsplit_once("HTTP/1.1 ").or_else(|| line.rsplit_once("HTTP/1.0 "))?;
         let (code, reason) = status.split_once(' ')?;
         reason.chars().all(|c| c.is_ascii_alphabetic() || c == ' ').then(|| code.parse().ok())?
     };
@@ -213,6 +215,7 @@ fn relay() -> Relay<Nobody> {
     };
     let config = Config {
         connections,
+        tls: None,
         body_limit: 1 << 20,
         body_timeout: seconds,
         max_in_flight: 1000,

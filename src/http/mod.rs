@@ -16,7 +16,9 @@ mod observables;
 mod observe;
 mod plain;
 mod refer;
+mod refusals;
 pub mod server;
+pub mod tls;
 
 use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -47,6 +49,8 @@ use server::Peer;
 pub struct Config {
     /// The connections.
     pub connections: server::Config,
+    /// `server.tls.*`: HTTPS instead of plain HTTP, if it is set.
+    pub tls: Option<tls::Config>,
     /// `server.body_limit`: the most bytes of a request body.
     pub body_limit: usize,
     /// `server.body_timeout`: how long a body may take to arrive.
@@ -129,7 +133,11 @@ impl<P: CyberScan + Preload> Relay<P> {
     }
 
     async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {
-        let credentials = Credentials { headers, peer: peer.map(|Peer(address)| address.ip()) };
+        let credentials = Credentials {
+            headers,
+            peer: peer.map(|peer| peer.address.ip()),
+            tls: peer.is_some_and(|peer| peer.tls),
+        };
         let verifying = self.authenticator.authorize(credentials);
         let authorized = trace::stage(Stage::Token, verifying, |outcome, facts| {
             if let Err(error) = outcome {
@@ -364,6 +372,7 @@ mod tests {
                 idle_timeout: Duration::from_secs(75),
                 shutdown_timeout: Duration::from_secs(20),
             },
+            tls: None,
             body_limit: 1 << 20,
             body_timeout: Duration::from_secs(10),
             max_in_flight: 100,

@@ -6,6 +6,8 @@
 //! a peer that does not read, `LINGER` for the last bytes of a request that was answered early.
 //! None runs while the service works: the service bounds its own time and that of the body. hyper
 //! has one time-out for head and idling together, so it stays off and the clocks are kept here.
+//! Behind TLS all of it is the same: a handshake is a part of the time a fresh connection has for its
+//! first head, and until then the connection waits like any other.
 //!
 //! When the house is full, a new connection takes the place of the one that has waited longest for a
 //! request. A working connection is never closed for another; one that begins a request in the
@@ -15,7 +17,7 @@ use std::{
     collections::BTreeMap,
     convert::Infallible,
     error::Error as StdError,
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     io,
     net::SocketAddr,
     num::NonZeroUsize,
@@ -26,8 +28,9 @@ use std::{
 };
 
 use hyper::{
-    Request, Response,
+    Request, Response, Version,
     body::{Body, Frame, Incoming, SizeHint},
+    header::{CONNECTION, HeaderValue},
     server::conn::http1,
     service::{Service, service_fn},
 };
@@ -38,14 +41,17 @@ use tokio::{
     sync::Notify,
     time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_rustls::server::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use super::framing::{Guard, MAX_HEAD};
-use crate::metrics::Metrics;
+use super::{
+    framing::{Guard, MAX_FIELDS, MAX_HEAD, Refusal},
+    refusals::Refusals,
+    tls::{Stream, TlsAcceptor},
+};
+use crate::metrics::{Handshake, Listener, Metrics, Refused};
 
-/// Fields of a request head, at most.
-pub(super) const MAX_FIELDS: usize = 64;
 /// How long an answer may wait for a peer to take [`WRITE_STEP`] of it.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A peer that takes a byte at a time makes no progress until it has taken this much.
@@ -74,9 +80,31 @@ pub struct Config {
     pub shutdown_timeout: Duration,
 }
 
-/// The address at the other end of the connection, in every request's extensions.
+/// What is known of the connection, in every request's extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer(pub SocketAddr);
+pub struct Peer {
+    /// The address at its other end.
+    pub address: SocketAddr,
+    /// Whether it is TLS of our own.
+    pub tls: bool,
+}
+
+/// What a listener is beside its socket.
+pub struct Front {
+    /// Which one.
+    pub listener: Listener,
+    /// Takes its connections, where it speaks TLS.
+    pub tls: Option<TlsAcceptor>,
+    /// Where its connections and refusals are counted.
+    pub metrics: Metrics,
+}
+
+/// The public listener, without TLS.
+impl From<Metrics> for Front {
+    fn from(metrics: Metrics) -> Self {
+        Self { listener: Listener::Public, tls: None, metrics }
+    }
+}
 
 /// Listens on `address`, with a queue that a storm of connections does not fill.
 ///
@@ -97,7 +125,7 @@ pub async fn serve<A, S, B>(
     mut listener: A,
     service: S,
     config: Config,
-    metrics: Metrics,
+    front: impl Into<Front>,
     shutdown: CancellationToken,
 ) where
     A: Accept,
@@ -107,6 +135,8 @@ pub async fn serve<A, S, B>(
     B::Data: Send,
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
+    let front = front.into();
+    let refusals = Refusals::new(front.listener, front.metrics.clone());
     let house = Arc::new(House::new(config.max_connections));
     let tasks = TaskTracker::new();
     let abort = CancellationToken::new();
@@ -128,16 +158,28 @@ pub async fn serve<A, S, B>(
             };
             pauses.over();
             let seat = House::admit(&house, shutdown.child_token()).await;
-            let connection = attend(io, peer, service.clone(), seat, config.clone());
+            let connection = Connection {
+                peer: Peer { address: peer, tls: front.tls.is_some() },
+                seat,
+                config: config.clone(),
+                refusals: refusals.clone(),
+            };
+            let connection = connection.attend(io, front.tls.clone(), service.clone());
             let abort = abort.clone();
-            let open = Open::new(&metrics);
+            let open = Open::new(&front);
             tasks.spawn(async move {
                 let _open = open;
                 abort.run_until_cancelled(connection).await
             });
         }
     };
-    let _: Option<Infallible> = shutdown.run_until_cancelled(accepting).await;
+    let serving = async {
+        tokio::select! {
+            never = accepting => never,
+            never = refusals.report() => never,
+        }
+    };
+    let _: Option<Infallible> = shutdown.run_until_cancelled(serving).await;
 
     drop(listener);
     tasks.close();
@@ -148,13 +190,15 @@ pub async fn serve<A, S, B>(
     }
 }
 
-/// Counts a connection as open until it is dropped.
+/// Counts a client's connection as open until it is dropped; those of operators are not clients'.
 struct Open(Metrics);
 
 impl Open {
-    fn new(metrics: &Metrics) -> Self {
-        metrics.connections.add((), 1);
-        Self(metrics.clone())
+    fn new(front: &Front) -> Option<Self> {
+        (front.listener == Listener::Public).then(|| {
+            front.metrics.connections.add((), 1);
+            Self(front.metrics.clone())
+        })
     }
 }
 
@@ -293,14 +337,17 @@ impl House {
         turn
     }
 
-    fn end_wait(&self, turn: u64) {
+    /// Says whether the connection had been asked to leave.
+    fn end_wait(&self, turn: u64) -> bool {
         let mut rooms = self.rooms();
-        if rooms.waiting.remove(&turn).is_none() {
-            // Evicted in this very moment. Should it work now, another has to go in its stead.
+        let evicted = rooms.waiting.remove(&turn).is_none();
+        if evicted {
+            // In this very moment. Should it work now, another has to go in its stead.
             rooms.leaving -= 1;
             drop(rooms);
             self.changed.notify_one();
         }
+        evicted
     }
 
     fn exit(&self) {
@@ -358,6 +405,14 @@ impl Seat {
         InFlight(Arc::clone(self))
     }
 
+    /// Ends the connection's waiting with the connection; says whether it was asked to leave.
+    fn end_wait(&self) -> bool {
+        match std::mem::replace(&mut self.state().doing, Doing::Flushing) {
+            Doing::Waiting { turn, .. } => self.house.end_wait(turn),
+            Doing::Answering | Doing::Flushing => false,
+        }
+    }
+
     fn wait(&self, state: &mut State) {
         state.doing =
             Doing::Waiting { since: Instant::now(), turn: self.house.begin_wait(self.leave.clone()) };
@@ -390,24 +445,26 @@ impl Seat {
         self.state().closing.get_or_insert_with(Instant::now);
     }
 
-    /// When the connection has to end unless something happens before; `None` for never.
-    fn deadline(&self, partial_head: Option<u64>, config: &Config) -> Option<Instant> {
+    /// When the connection has to end unless something happens before, and what is refused by that, if
+    /// anything is; `None` for never.
+    fn deadline(&self, partial_head: Option<u64>, config: &Config) -> Option<(Instant, Option<Refused>)> {
         let mut state = self.state();
-        let (since, limit) = match (state.closing, state.stalled, state.doing) {
-            (Some(since), _, _) => (since, LINGER),
-            (None, Some((since, _)), _) => (since, WRITE_TIMEOUT),
+        let (since, limit, refused) = match (state.closing, state.stalled, state.doing) {
+            (Some(since), _, _) => (since, LINGER, None),
+            (None, Some((since, _)), _) => (since, WRITE_TIMEOUT, None),
             (None, None, Doing::Answering | Doing::Flushing) => return None,
             (None, None, Doing::Waiting { since, .. }) => {
                 let seen = state.head.filter(|&(head, _)| Some(head) == partial_head);
                 state.head = seen.or(partial_head.map(|head| (head, Instant::now())));
-                match state.head {
-                    _ if state.fresh => (since, config.header_timeout),
-                    Some((_, first_seen)) => (first_seen, config.header_timeout),
-                    None => (since, config.idle_timeout),
+                match (state.head, state.fresh) {
+                    (None, true) => (since, config.header_timeout, Some(Refused::NoRequest)),
+                    (Some(_), true) => (since, config.header_timeout, Some(Refused::HeaderTimeout)),
+                    (Some((_, since)), false) => (since, config.header_timeout, Some(Refused::HeaderTimeout)),
+                    (None, false) => (since, config.idle_timeout, None),
                 }
             }
         };
-        since.checked_add(limit)
+        Some((since.checked_add(limit)?, refused))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -417,9 +474,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if let Doing::Waiting { turn, .. } = self.state().doing {
-            self.house.end_wait(turn);
-        }
+        self.end_wait();
         self.house.exit();
     }
 }
@@ -433,68 +488,150 @@ impl Drop for InFlight {
     }
 }
 
-/// Drives one connection to its end.
-async fn attend<IO, S, B>(io: IO, peer: SocketAddr, service: S, seat: Arc<Seat>, config: Config)
-where
-    IO: AsyncRead + AsyncWrite + Unpin,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-    B: Body + Unpin + 'static,
-    B::Error: Into<Box<dyn StdError + Send + Sync>>,
-{
-    let guard = Guard::new(Watched { io, seat: Arc::clone(&seat) });
-    let progress = guard.progress();
-    let called = Arc::clone(&seat);
-    let answering = service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(Peer(peer));
-        let in_flight = called.begin_answer();
-        let answer = service.call(request);
-        async move {
-            let answer: Result<_, Infallible> = answer.await;
-            answer.map(|response| response.map(|body| Answer { body, in_flight }))
-        }
-    });
-    let mut connection = pin!(
-        http1::Builder::new()
-            .header_read_timeout(None)
-            .max_buf_size(MAX_HEAD)
-            .max_headers(MAX_FIELDS)
-            .keep_alive(true)
-            .half_close(false)
-            .pipeline_flush(false)
-            .serve_connection(TokioIo::new(guard), answering)
-    );
-    let mut leave = pin!(seat.leave.cancelled());
-    let mut alarm = pin!(sleep_until(Instant::now()));
-    let mut leaving = false;
+/// One connection, from accept to its end.
+struct Connection {
+    peer: Peer,
+    seat: Arc<Seat>,
+    config: Config,
+    refusals: Refusals,
+}
 
-    // All that moves a clock happens while the connection is polled, so looking at the clocks after
-    // each poll is enough.
-    poll_fn(|cx| {
-        loop {
-            if let Poll::Ready(end) = connection.as_mut().poll(cx) {
-                if let Err(error) = end {
-                    debug!(%error, "connection closed");
-                }
-                return Poll::Ready(());
-            }
-            if !leaving && leave.as_mut().poll(cx).is_ready() {
-                leaving = true;
-                connection.as_mut().graceful_shutdown();
-                continue;
-            }
-            if leaving && seat.is_waiting() {
-                return Poll::Ready(());
-            }
-            let Some(deadline) = seat.deadline(progress.partial_head(), &config) else {
-                return Poll::Pending;
-            };
-            if alarm.deadline() != deadline {
-                alarm.as_mut().reset(deadline);
-            }
-            return alarm.as_mut().poll(cx);
+impl Connection {
+    /// Drives it to its end.
+    async fn attend<IO, S, B>(self, io: IO, tls: Option<TlsAcceptor>, service: S)
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+        B: Body + Unpin + 'static,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        // Below TLS: there alone it shows whether the peer takes what is written.
+        let io = Watched { io, seat: Arc::clone(&self.seat) };
+        let refused = match tls {
+            None => self.converse(Stream::Plain(io), service).await,
+            Some(acceptor) => match self.shake_hands(&acceptor, io).await {
+                Ok(io) => self.converse(Stream::Tls(Box::new(io)), service).await,
+                Err(refused) => refused,
+            },
+        };
+        let evicted = self.seat.end_wait().then_some(Refused::ConnectionLimit);
+        if let Some(reason) = refused.or(evicted) {
+            self.refusals.note(reason, self.peer.address);
         }
-    })
-    .await;
+    }
+
+    /// The TLS handshake, within the time for a first head.
+    async fn shake_hands<IO>(&self, acceptor: &TlsAcceptor, io: IO) -> Result<TlsStream<IO>, Option<Refused>>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+    {
+        let end = self.seat.deadline(None, &self.config);
+        let end = async {
+            match end {
+                Some((end, _)) => sleep_until(end).await,
+                None => pending().await,
+            }
+        };
+        let shaken = tokio::select! {
+            biased;
+            shaken = acceptor.accept(io) => shaken,
+            () = self.seat.leave.cancelled() => Err(Handshake::Evicted),
+            () = end => Err(Handshake::Timeout),
+        };
+        self.refusals.handshake(shaken.as_ref().err().copied().unwrap_or(Handshake::Ok));
+        shaken.map_err(|outcome| match outcome {
+            // Whoever leaves was not refused; an eviction is counted where it is told from a drain.
+            Handshake::Ok | Handshake::Closed | Handshake::Evicted => None,
+            _ => Some(Refused::Handshake),
+        })
+    }
+
+    /// Requests and answers; says what was refused in the end, if anything was.
+    async fn converse<IO, S, B>(&self, io: IO, service: S) -> Option<Refused>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+        B: Body + Unpin + 'static,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let Self { peer, seat, config, .. } = self;
+        let (peer, called, refusals) = (*peer, Arc::clone(seat), self.refusals.clone());
+        let guard = Guard::new(io);
+        let progress = guard.progress();
+        let answering = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            if !request.uri().path().starts_with('/') {
+                refusals.note(Refused::NoPath, peer.address);
+            }
+            let version = request.version();
+            let in_flight = called.begin_answer();
+            let answer = service.call(request);
+            async move {
+                let answer: Result<_, Infallible> = answer.await;
+                answer.map(|response| closing_old(version, response.map(|body| Answer { body, in_flight })))
+            }
+        });
+        let mut connection = pin!(
+            http1::Builder::new()
+                .header_read_timeout(None)
+                .max_buf_size(MAX_HEAD)
+                .max_headers(MAX_FIELDS)
+                .keep_alive(true)
+                .half_close(false)
+                .pipeline_flush(false)
+                .serve_connection(TokioIo::new(guard), answering)
+        );
+        let mut leave = pin!(seat.leave.cancelled());
+        let mut alarm = pin!(sleep_until(Instant::now()));
+        let mut leaving = false;
+
+        // All that moves a clock happens while the connection is polled, so looking at the clocks after
+        // each poll is enough.
+        let ended = poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+                    let Err(error) = end else { return Poll::Ready(None) };
+                    debug!(%error, "connection closed");
+                    // hyper has an opinion of its own on targets.
+                    return Poll::Ready(error.is_parse().then_some(Refused::Malformed));
+                }
+                if !leaving && leave.as_mut().poll(cx).is_ready() {
+                    leaving = true;
+                    connection.as_mut().graceful_shutdown();
+                    continue;
+                }
+                if leaving && seat.is_waiting() {
+                    return Poll::Ready(None);
+                }
+                let Some((deadline, refused)) = seat.deadline(progress.partial_head(), config) else {
+                    return Poll::Pending;
+                };
+                if alarm.deadline() != deadline {
+                    alarm.as_mut().reset(deadline);
+                }
+                return alarm.as_mut().poll(cx).map(|()| refused);
+            }
+        })
+        .await;
+        // However the connection ended: after a refused head, its peer may not have been in a hurry.
+        match progress.refusal() {
+            Some(Refusal::Malformed) => Some(Refused::Malformed),
+            Some(Refusal::TooLarge) => Some(Refused::HeadTooLarge),
+            Some(Refusal::Version) => Some(Refused::Version),
+            Some(Refusal::Tls) => Some(Refused::TlsToPlain),
+            None => ended,
+        }
+    }
+}
+
+/// The answer to an HTTP/1.0 request is the connection's last, also where the request asks for more, which
+/// hyper would grant.
+pub(super) fn closing_old<B>(version: Version, mut answer: Response<B>) -> Response<B> {
+    if version < Version::HTTP_11 {
+        *answer.version_mut() = Version::HTTP_10;
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
 }
 
 /// The body of an answer; the request is in flight for as long as it lives.
@@ -586,17 +723,24 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, future::pending};
+    use std::collections::VecDeque;
 
     use bytes::Bytes;
     use http_body_util::{BodyExt, Full};
+    use rstest::rstest;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         sync::mpsc,
         task::yield_now,
     };
+    use tokio_rustls::client;
+    use tokio_util::either::Either;
 
-    use super::*;
+    use super::{
+        super::tls::tests::{Issued, trusting},
+        *,
+    };
+    use crate::clock::Clock;
 
     const PEER: &str = "203.0.113.7:4711";
 
@@ -614,8 +758,17 @@ mod tests {
         }
     }
 
+    /// What connections are made of: everything here holds over both.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Over {
+        Plain,
+        Tls,
+    }
+
     /// A server on a paused clock, and the clients' side of its door.
     struct Server {
+        issued: Option<Issued>,
+        metrics: Metrics,
         door: mpsc::UnboundedSender<io::Result<DuplexStream>>,
         shutdown: CancellationToken,
         tasks: TaskTracker,
@@ -623,21 +776,27 @@ mod tests {
     }
 
     impl Server {
-        fn start(max_connections: usize) -> Self {
+        fn start(over: Over, max_connections: usize) -> Self {
+            let issued = (over == Over::Tls).then(|| Issued::to("relay.test"));
+            let metrics = Metrics::new();
+            let acceptor =
+                |issued: &Issued| TlsAcceptor::new(issued.pair(), Clock::system(), metrics.clone());
+            let tls = issued.as_ref().map(acceptor);
+            let front = Front { listener: Listener::Public, tls, metrics: metrics.clone() };
             let (door, accepted) = mpsc::unbounded_channel();
             let shutdown = CancellationToken::new();
             let tasks = TaskTracker::new();
             let serving = serve(
                 Door(accepted),
-                service_fn(answer),
+                service_fn(move |request| answer(over, request)),
                 config(max_connections),
-                Metrics::new(),
+                front,
                 shutdown.clone(),
             );
             tasks.spawn(serving);
             tasks.close();
             let started = Instant::now();
-            Self { door, shutdown, tasks, started }
+            Self { issued, metrics, door, shutdown, tasks, started }
         }
 
         fn connect(&self) -> Client {
@@ -647,7 +806,19 @@ mod tests {
         fn connect_with_buffer(&self, size: usize) -> Client {
             let (client, io) = duplex(size);
             self.door.send(Ok(io)).unwrap();
-            Client(client)
+            match &self.issued {
+                None => Client::Ready(Either::Left(client)),
+                Some(issued) => Client::Silent(issued.pem.clone(), Some(client)),
+            }
+        }
+
+        fn refused(&self, reason: Refused) -> u64 {
+            self.metrics.refused.get((Listener::Public, reason))
+        }
+
+        /// All refusals there were, whatever for.
+        fn refusals(&self) -> u64 {
+            self.metrics.refused.sum()
         }
 
         /// Whole seconds since the start; fails when the clock stands between two.
@@ -658,11 +829,46 @@ mod tests {
         }
     }
 
-    struct Client(DuplexStream);
+    enum Client {
+        /// It has not sent a byte yet, not even of a handshake; and whom it will believe.
+        Silent(String, Option<DuplexStream>),
+        Ready(Either<DuplexStream, Box<client::TlsStream<DuplexStream>>>),
+        /// The server did not wait for its handshake.
+        Closed,
+    }
 
     impl Client {
+        /// The stream of HTTP, for which TLS has to come about first; `None` if it does not.
+        async fn io(&mut self) -> Option<&mut Either<DuplexStream, Box<client::TlsStream<DuplexStream>>>> {
+            if let Self::Silent(believed, stream) = self {
+                let stream =
+                    trusting(believed).connect("relay.test".try_into().unwrap(), stream.take()?).await;
+                *self = stream.map_or(Self::Closed, |stream| Self::Ready(Either::Right(Box::new(stream))));
+            }
+            match self {
+                Self::Ready(io) => Some(io),
+                Self::Silent(..) | Self::Closed => None,
+            }
+        }
+
+        /// What the stream of HTTP is sent on.
+        fn wire(&mut self) -> &mut DuplexStream {
+            match self {
+                Self::Silent(_, wire) => wire.as_mut().unwrap(),
+                Self::Ready(Either::Left(wire)) => wire,
+                Self::Ready(Either::Right(tls)) => tls.get_mut().0,
+                Self::Closed => panic!("closed"),
+            }
+        }
+
+        async fn write(&mut self, raw: &[u8]) -> io::Result<()> {
+            let io = self.io().await.ok_or(io::ErrorKind::BrokenPipe)?;
+            io.write_all(raw).await?;
+            io.flush().await
+        }
+
         async fn send(&mut self, raw: &str) {
-            self.0.write_all(raw.as_bytes()).await.unwrap();
+            self.write(raw.as_bytes()).await.unwrap();
         }
 
         async fn get(&mut self, target: &str) -> String {
@@ -673,8 +879,9 @@ mod tests {
         /// One answer with a short body, or what came before the end.
         async fn answer(&mut self) -> String {
             let mut text = String::new();
+            let Some(io) = self.io().await else { return text };
             while !text.ends_with("\r\n\r\n.") {
-                match self.0.read_u8().await {
+                match io.read_u8().await {
                     Ok(byte) => text.push(char::from(byte)),
                     Err(_) => break,
                 }
@@ -685,12 +892,18 @@ mod tests {
         /// Everything up to the end of the stream.
         async fn rest(&mut self) -> Vec<u8> {
             let mut all = Vec::new();
-            self.0.read_to_end(&mut all).await.unwrap();
+            if let Some(io) = self.io().await
+                && let Err(error) = io.read_to_end(&mut all).await
+            {
+                // TLS that ends without a word of farewell.
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            }
             all
         }
 
         async fn is_open(&mut self) -> bool {
-            timeout(Duration::from_millis(1), self.0.read_u8()).await.is_err()
+            let io = self.io().await.unwrap();
+            timeout(Duration::from_millis(1), io.read_u8()).await.is_err()
         }
     }
 
@@ -709,8 +922,9 @@ mod tests {
 
     /// `/SECONDS` answers so much later, `/large` with a megabyte, `/panic` never; `/body` reads the
     /// request's body first, and CONNECT is refused as the routes would.
-    async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        assert_eq!(request.extensions().get(), Some(&Peer(PEER.parse().unwrap())));
+    async fn answer(over: Over, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let peer = Peer { address: PEER.parse().unwrap(), tls: over == Over::Tls };
+        assert_eq!(request.extensions().get(), Some(&peer));
         let mut response = Response::new(Full::from("."));
         match request.uri().path() {
             "/large" => *response.body_mut() = Full::from(vec![b'.'; 1_000_000]),
@@ -731,16 +945,28 @@ mod tests {
         answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n.")
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_silent_connection_is_closed_at_the_header_timeout() {
-        let server = Server::start(9);
+    async fn a_silent_connection_is_closed_at_the_header_timeout(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         assert_eq!(server.connect().rest().await, b"");
         assert_eq!(server.seconds(), 10);
+        assert_eq!((server.refused(Refused::NoRequest), server.refusals()), (1, 1));
+        // One that does not even begin a handshake has no other clock.
+        let mut silent = server.connect();
+        assert_eq!(silent.wire().read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(server.seconds(), 20);
+        assert_eq!(server.refusals(), 2);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn half_a_head_is_closed_at_the_header_timeout_however_slowly_it_comes() {
-        let server = Server::start(9);
+    async fn half_a_head_is_closed_at_the_header_timeout_however_slowly_it_comes(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut half = server.connect();
         half.send("GET / HTTP/1.1\r\nHo").await;
         assert_eq!(half.rest().await, b"");
@@ -753,21 +979,29 @@ mod tests {
         }
         assert_eq!(slow.rest().await, b"");
         assert_eq!(server.seconds(), 20);
+        assert_eq!((server.refused(Refused::HeaderTimeout), server.refusals()), (2, 2));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn an_idle_connection_is_closed_at_the_idle_timeout_and_a_working_one_is_not() {
-        let server = Server::start(9);
+    async fn an_idle_connection_is_closed_at_the_idle_timeout_and_a_working_one_is_not(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         assert!(is_200(&client.get("/200").await));
         assert_eq!(server.seconds(), 200);
         assert_eq!(client.rest().await, b"");
         assert_eq!(server.seconds(), 275);
+        assert_eq!(server.refusals(), 0);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn the_header_timeout_of_a_later_request_runs_from_its_first_byte() {
-        let server = Server::start(9);
+    async fn the_header_timeout_of_a_later_request_runs_from_its_first_byte(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         assert!(is_200(&client.get("/0").await));
         for begun in [70, 150] {
@@ -787,9 +1021,12 @@ mod tests {
         assert_eq!(server.seconds(), 178);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_pipelined_half_head_has_its_time_when_its_turn_has_come() {
-        let server = Server::start(9);
+    async fn a_pipelined_half_head_has_its_time_when_its_turn_has_come(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send(&(get("/100") + "GET /")).await;
         assert!(is_200(&client.answer().await));
@@ -798,9 +1035,12 @@ mod tests {
         assert_eq!(server.seconds(), 110);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest() {
-        let server = Server::start(3);
+    async fn a_new_connection_takes_the_place_of_the_one_that_waited_longest(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 3);
         let (mut first, mut second, mut third) = (server.connect(), server.connect(), server.connect());
         for client in [&mut first, &mut second, &mut third] {
             assert!(is_200(&client.get("/0").await));
@@ -815,11 +1055,15 @@ mod tests {
         assert!(first.is_open().await);
         assert!(is_200(&first.get("/0").await));
         assert_eq!(server.seconds(), 0);
+        assert_eq!((server.refused(Refused::ConnectionLimit), server.refusals()), (2, 2));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_working_connection_is_never_closed_for_a_new_one_which_waits_instead() {
-        let server = Server::start(2);
+    async fn a_working_connection_is_never_closed_for_a_new_one_which_waits_instead(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 2);
         let (mut first, mut second) = (server.connect(), server.connect());
         first.send(&get("/30")).await;
         second.send(&get("/60")).await;
@@ -836,10 +1080,13 @@ mod tests {
         assert_eq!(server.seconds(), 60);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_comes_in_the_moment_of_eviction_is_answered() {
+    async fn a_request_that_comes_in_the_moment_of_eviction_is_answered(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
         for newcomer_first in [true, false] {
-            let server = Server::start(1);
+            let server = Server::start(over, 1);
             let mut victim = server.connect();
             assert!(is_200(&victim.get("/0").await));
             let mut newcomer = if newcomer_first {
@@ -878,31 +1125,41 @@ mod tests {
         assert_eq!((rooms.open, rooms.waiting.len(), rooms.leaving), (0, 0, 0));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_panic_of_the_service_gives_the_place_back() {
-        let server = Server::start(1);
+    async fn a_panic_of_the_service_gives_the_place_back(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 1);
         assert_eq!(server.connect().get("/panic").await, "");
         assert!(is_200(&server.connect().get("/0").await));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_does_not_read_is_closed_at_the_write_timeout() {
-        let server = Server::start(9);
+    async fn a_peer_that_does_not_read_is_closed_at_the_write_timeout(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect_with_buffer(1024);
         client.send(&get("/large")).await;
         sleep(Duration::from_secs(29)).await;
         assert_eq!(server.tasks.len(), 1);
         sleep(Duration::from_secs(2)).await;
-        assert_eq!(client.rest().await.len(), 1024, "what was in the buffer");
+        let mut rest = Vec::new();
+        client.wire().read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest.len(), 1024, "what was in the buffer");
+        assert_eq!(server.refusals(), 0, "it was answered");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_reads_by_the_byte_makes_no_progress_and_one_that_reads_slowly_does() {
-        let server = Server::start(9);
+    async fn a_peer_that_reads_by_the_byte_makes_no_progress_and_one_that_reads_slowly_does(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut drip = server.connect_with_buffer(1024);
         drip.send(&get("/large")).await;
         let mut taken = 0;
-        while drip.0.read_u8().await.is_ok() {
+        while drip.wire().read_u8().await.is_ok() {
             taken += 1;
             if taken < 40 {
                 sleep(Duration::from_secs(1)).await;
@@ -914,15 +1171,16 @@ mod tests {
         slow.send(&get("/large")).await;
         let mut block = vec![0; 20_000];
         for _ in 0..50 {
-            slow.0.read_exact(&mut block).await.unwrap();
+            slow.wire().read_exact(&mut block).await.unwrap();
             sleep(Duration::from_secs(20)).await;
         }
         assert!(server.started.elapsed() > Duration::from_secs(1000));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn drain_ends_what_waits_and_lets_what_works_end() {
-        let server = Server::start(9);
+    async fn drain_ends_what_waits_and_lets_what_works_end(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
         let (mut silent, mut idle, mut half, mut working, mut body) =
             (server.connect(), server.connect(), server.connect(), server.connect(), server.connect());
         assert!(is_200(&idle.get("/0").await));
@@ -947,9 +1205,12 @@ mod tests {
         assert_eq!(server.seconds(), 15, "it returns with its last connection");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn requests_that_outlast_the_shutdown_timeout_are_aborted() {
-        let server = Server::start(9);
+    async fn requests_that_outlast_the_shutdown_timeout_are_aborted(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send(&get("/1000")).await;
         sleep(Duration::from_secs(5)).await;
@@ -959,9 +1220,12 @@ mod tests {
         assert_eq!(client.rest().await, b"");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn shutdown_is_not_held_up_by_a_connection_that_waits_for_room() {
-        let server = Server::start(1);
+    async fn shutdown_is_not_held_up_by_a_connection_that_waits_for_room(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 1);
         let mut working = server.connect();
         working.send(&get("/10")).await;
         yield_now().await;
@@ -974,9 +1238,12 @@ mod tests {
         server.tasks.wait().await;
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn an_early_answer_reaches_a_peer_that_is_still_sending() {
-        let server = Server::start(9);
+    async fn an_early_answer_reaches_a_peer_that_is_still_sending(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect_with_buffer(4096);
         client.send("POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n").await;
         for _ in 0..100 {
@@ -984,21 +1251,24 @@ mod tests {
         }
         assert!(is_200(&client.answer().await));
         assert_eq!(server.seconds(), 0);
-        while client.0.write_all(b"b").await.is_ok() {
+        while client.write(b"b").await.is_ok() {
             sleep(Duration::from_millis(100)).await;
         }
         assert_eq!(server.started.elapsed().as_secs(), LINGER.as_secs(), "but not for ever");
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_goes_on_sending_after_its_answer_gives_way_at_once() {
-        let server = Server::start(1);
+    async fn a_peer_that_goes_on_sending_after_its_answer_gives_way_at_once(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 1);
         let mut sending = server.connect();
         let head = "POST /0 HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n";
         sending.send(head).await;
         assert!(is_200(&sending.answer().await));
         assert!(is_200(&server.connect().get("/0").await));
-        assert!(sending.0.write_all(b"b").await.is_err());
+        assert!(sending.write(b"b").await.is_err());
         assert_eq!(server.seconds(), 0);
 
         let mut sending = server.connect();
@@ -1009,30 +1279,98 @@ mod tests {
         assert_eq!(server.seconds(), 0);
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn a_bad_head_is_answered_400_and_closed() {
-        let server = Server::start(9);
+    async fn a_bad_head_is_answered_400_and_closed(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send("GET /0 HTTP/1.1\r\n\r\n").await;
         let answer = String::from_utf8(client.rest().await).unwrap();
         assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"), "{answer}");
         assert_eq!(server.seconds(), 0);
+        drop(client);
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!((server.refused(Refused::Malformed), server.refusals()), (1, 1));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn connect_and_other_forms_of_target_reach_the_service() {
-        let server = Server::start(9);
+    async fn what_is_refused_before_the_service_is_counted_by_reason(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let many = format!("GET /0 HTTP/1.1\r\nHost: h\r\n{}\r\n", "X: y\r\n".repeat(64));
+        let many_and_body = many.replace("Host: h\r\n", "Host: h\r\nContent-Length: 9\r\n");
+        let long = "a".repeat(MAX_HEAD + 1);
+        for (sent, reason) in [
+            ("GET /0\r\n\r\n", Refused::Malformed),
+            // hyper's opinion.
+            ("GET a:b:c HTTP/1.1\r\nHost: h\r\n\r\n", Refused::Malformed),
+            ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Refused::Version),
+            ("GET /0 HTTP/1.2\r\nHost: h\r\n\r\n", Refused::Version),
+            (many.as_str(), Refused::HeadTooLarge),
+            (many_and_body.as_str(), Refused::HeadTooLarge),
+            (long.as_str(), Refused::HeadTooLarge),
+            ("\x16\x03\x01\x02", Refused::TlsToPlain),
+        ] {
+            let server = Server::start(over, 9);
+            let mut client = server.connect();
+            // After a good one, so that it is the request which is refused.
+            assert!(is_200(&client.get("/0").await));
+            client.send(sent).await;
+            client.rest().await;
+            // The server lingers, should the client not close.
+            sleep(LINGER + Duration::from_millis(1)).await;
+            assert_eq!((server.refused(reason), server.refusals()), (1, 1), "{sent:?}");
+        }
+    }
+
+    #[rstest]
+    #[tokio::test(start_paused = true)]
+    async fn http_1_0_is_answered_and_the_connection_closed(#[values(Over::Plain, Over::Tls)] over: Over) {
+        let server = Server::start(over, 9);
+        for request in [
+            "GET /3 HTTP/1.0\r\n\r\n",
+            "GET /3 HTTP/1.0\r\nHost: h\r\nConnection: keep-alive\r\n\r\n",
+            "POST /body HTTP/1.0\r\nContent-Length: 2\r\n\r\nab",
+            "GET /3 HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n",
+        ] {
+            let mut client = server.connect();
+            client.send(request).await;
+            let answer = String::from_utf8(client.rest().await).unwrap();
+            assert!(answer.starts_with("HTTP/1.0 200 OK\r\n"), "{answer}");
+            assert!(answer.contains("connection: close\r\n") && answer.ends_with("\r\n\r\n."), "{answer}");
+            assert_eq!(answer.matches("HTTP/1.").count(), 1, "{answer}");
+        }
+        // A client that has said that it sends no more is still there.
+        let mut client = server.connect();
+        client.send("GET /3 HTTP/1.0\r\n\r\n").await;
+        client.io().await.unwrap().shutdown().await.unwrap();
+        assert!(client.rest().await.ends_with(b"\r\n\r\n."));
+        assert_eq!(server.seconds(), 12);
+        assert_eq!(server.refusals(), 0);
+    }
+
+    #[rstest]
+    #[tokio::test(start_paused = true)]
+    async fn connect_and_other_forms_of_target_reach_the_service(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut client = server.connect();
         client.send("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(client.answer().await.starts_with("HTTP/1.1 405 "));
+        assert_eq!((server.refused(Refused::NoPath), server.refusals()), (1, 1));
         client.send("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n").await;
         assert!(is_200(&client.answer().await));
         assert!(is_200(&client.get("http://h/0").await));
     }
 
+    #[rstest]
     #[tokio::test(start_paused = true)]
-    async fn accept_errors_end_nothing_and_those_of_this_process_evict_and_pause() {
-        let server = Server::start(9);
+    async fn accept_errors_end_nothing_and_those_of_this_process_evict_and_pause(
+        #[values(Over::Plain, Over::Tls)] over: Over,
+    ) {
+        let server = Server::start(over, 9);
         let mut idle: VecDeque<_> = [server.connect(), server.connect()].into();
         for client in &mut idle {
             assert!(is_200(&client.get("/0").await));
@@ -1058,6 +1396,75 @@ mod tests {
         assert_eq!(pauses.next(&error).as_millis(), 10);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn every_handshake_is_counted_by_how_it_ended() {
+        let server = Server::start(Over::Tls, 1);
+        let count = |outcome| server.metrics.tls_handshakes.get((outcome,));
+        let sent = async |bytes: &[u8]| {
+            let mut client = server.connect();
+            let wire = client.wire();
+            wire.write_all(bytes).await.unwrap();
+            let mut answer = Vec::new();
+            let ended = timeout(Duration::from_secs(60), wire.read_to_end(&mut answer)).await;
+            ended.expect("the server does not close").unwrap();
+            answer
+        };
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!(count(Handshake::Ok), 1);
+
+        for request in [get("/0"), "PRI * HTTP/2.0\r\n\r\n".into(), "x".repeat(100_000)] {
+            let wanted = server.refused(Refused::Handshake) + 1;
+            let answer = timeout(Duration::from_secs(1), async {
+                let mut client = server.connect();
+                let (mut read, mut write) = tokio::io::split(client.wire());
+                let mut answer = Vec::new();
+                let _ = tokio::join!(write.write_all(request.as_bytes()), async {
+                    while !answer.ends_with(b"here\n") && read.read_buf(&mut answer).await.unwrap() > 0 {}
+                });
+                String::from_utf8(answer).unwrap()
+            });
+            let answer = answer.await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{answer}");
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{answer}");
+            sleep(Duration::from_millis(1)).await;
+            assert_eq!(server.refused(Refused::Handshake), wanted);
+        }
+        assert_eq!(count(Handshake::PlainHttp), 3);
+
+        // A handshake that is none; one that offers what is not spoken; one that leaves; one that stays silent.
+        assert_eq!(sent(&[0]).await, b"");
+        sent(b"\x16\x03\x01\x00\x05hello").await;
+        assert_eq!(count(Handshake::Failed), 2);
+        let alert = sent(super::super::tls::tests::TLS_1_0).await;
+        assert!(alert.starts_with(&[21, 3]), "an alert: {alert:?}");
+        assert_eq!(count(Handshake::Incompatible), 1);
+        drop(server.connect());
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!(count(Handshake::Closed), 1);
+        let refused = server.refused(Refused::Handshake);
+        assert_eq!(refused, 6, "all but those that came about and the one that left");
+        assert_eq!(server.seconds(), 0);
+        assert_eq!(sent(&[0x16, 3]).await, b"");
+        assert_eq!((server.seconds(), count(Handshake::Timeout)), (10, 1));
+
+        // One that waits for a peer gives way like any other.
+        let mut silent = server.connect();
+        silent.wire().write_all(&[0x16, 3]).await.unwrap();
+        assert!(is_200(&server.connect().get("/0").await));
+        assert_eq!((server.seconds(), count(Handshake::Evicted)), (10, 1));
+        assert!(server.refused(Refused::ConnectionLimit) >= 1);
+        // A client that does not believe the certificate says so.
+        let elsewhere = Issued::to("relay.test");
+        let mut strange = Client::Silent(elsewhere.pem.clone(), None);
+        if let (Client::Silent(_, to), Client::Silent(_, from)) = (&mut strange, server.connect()) {
+            *to = from;
+        }
+        assert!(strange.io().await.is_none());
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!(count(Handshake::Rejected), 1);
+    }
+
     /// On real sockets and threads: a full house under churn loses no answer and no place.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_full_house_on_real_sockets_serves_everyone_and_drains() {
@@ -1066,8 +1473,8 @@ mod tests {
         let shutdown = CancellationToken::new();
         let server = TaskTracker::new();
         let service = service_fn(|request: Request<Incoming>| async move {
-            let Peer(peer) = request.extensions().get().copied().unwrap();
-            sleep(Duration::from_millis(u64::from(peer.port() % 3))).await;
+            let Peer { address, .. } = request.extensions().get().copied().unwrap();
+            sleep(Duration::from_millis(u64::from(address.port() % 3))).await;
             Ok(Response::new(Full::<Bytes>::from(".")))
         });
         server.spawn(serve(listener, service, config(4), Metrics::new(), shutdown.clone()));

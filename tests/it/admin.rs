@@ -215,11 +215,11 @@ async fn the_page_loads_nothing_from_elsewhere_and_shows_what_the_json_says() {
     let wrong = relay.administer(Method::DELETE, "/metrics", None, "").await;
     assert_eq!(
         (wrong.status, &wrong.headers["allow"]),
-        (StatusCode::METHOD_NOT_ALLOWED, &"GET, HEAD".parse().unwrap())
+        (StatusCode::METHOD_NOT_ALLOWED, &"GET, HEAD, OPTIONS".parse().unwrap())
     );
     let wrong = relay.administer(Method::GET, "/purge", None, "").await;
     assert_eq!(
         (wrong.status, &wrong.headers["allow"]),
-        (StatusCode::METHOD_NOT_ALLOWED, &"POST".parse().unwrap())
+        (StatusCode::METHOD_NOT_ALLOWED, &"POST, OPTIONS".parse().unwrap())
     );
 }

@@ -12,13 +12,19 @@ use cyberscan_relay::{
 };
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::Full;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject},
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_util::{either::Either, sync::CancellationToken};
 
 pub(crate) const AUDIENCE: &str = "https://relay.test";
 
@@ -30,7 +36,69 @@ pub(crate) struct TestRelay {
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) shutdown: CancellationToken,
     served: JoinHandle<()>,
+    certificate: Option<Certificate>,
     _ca: tempfile::NamedTempFile,
+}
+
+/// What the relay is spoken to over. What must hold of requests and connections holds over both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Over {
+    Plain,
+    Tls,
+}
+
+/// A client's connection.
+pub(crate) type Connection = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
+/// A certificate for `relay.test` and its key, in files.
+pub(crate) struct Certificate {
+    pub(crate) pem: String,
+    directory: tempfile::TempDir,
+}
+
+impl Certificate {
+    pub(crate) fn new() -> Self {
+        let this = Self { pem: String::new(), directory: tempfile::tempdir().unwrap() };
+        this.renewed()
+    }
+
+    /// Another one, with another key, in the same files.
+    pub(crate) fn renewed(self) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(["relay.test".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        std::fs::write(self.path("certificate.pem"), &pem).unwrap();
+        std::fs::write(self.path("key.pem"), key.serialize_pem()).unwrap();
+        Self { pem, ..self }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// The settings of a relay that shows it.
+    pub(crate) fn settings(&self) -> [(String, String); 2] {
+        [
+            ("RELAY_SERVER_TLS_CERTIFICATE".to_owned(), self.path("certificate.pem")),
+            ("RELAY_SERVER_TLS_KEY".to_owned(), self.path("key.pem")),
+        ]
+    }
+
+    /// A connection to `address`, whose certificate has to be this one.
+    pub(crate) async fn connect(&self, address: SocketAddr) -> std::io::Result<Connection> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let stream = TcpStream::connect(address).await?;
+        let connecting =
+            TlsConnector::from(Arc::new(config)).connect("relay.test".try_into().unwrap(), stream);
+        Ok(Either::Right(Box::new(connecting.await?)))
+    }
 }
 
 /// An answer of the relay.
@@ -53,6 +121,20 @@ impl TestRelay {
         Self::beside(&sandbox, settings).await
     }
 
+    /// As [`TestRelay::with`], spoken to over TLS of its own or without.
+    pub(crate) async fn over(over: Over, settings: &[(&str, &str)]) -> Self {
+        if over == Over::Plain {
+            return Self::with(settings).await;
+        }
+        let certificate = Certificate::new();
+        let files = certificate.settings();
+        let files = files.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let settings: Vec<(&str, &str)> = settings.iter().copied().chain(files).collect();
+        let mut relay = Self::with(&settings).await;
+        relay.certificate = Some(certificate);
+        relay
+    }
+
     /// As [`TestRelay::with`], in the world of other relays.
     pub(crate) async fn beside(sandbox: &Arc<Sandbox>, settings: &[(&str, &str)]) -> Self {
         let ca = tempfile::NamedTempFile::new().unwrap();
@@ -71,7 +153,16 @@ impl TestRelay {
         let running =
             app::run(settings, listener, Some((admin_listener, LogLevel::default())), shutdown.clone());
         let served = tokio::spawn(async move { running.await.unwrap() });
-        Self { address, admin, sandbox: Arc::clone(sandbox), shutdown, served, _ca: ca }
+        let sandbox = Arc::clone(sandbox);
+        Self { address, admin, sandbox, shutdown, served, certificate: None, _ca: ca }
+    }
+
+    /// A connection, as the relay wants it.
+    pub(crate) async fn connect(&self) -> Connection {
+        match &self.certificate {
+            None => Either::Left(TcpStream::connect(self.address).await.unwrap()),
+            Some(certificate) => certificate.connect(self.address).await.unwrap(),
+        }
     }
 
     /// Stops the relay and waits until it has drained.
@@ -107,7 +198,9 @@ impl TestRelay {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let answer = probe::call(self.address, request.body(Full::from(body.into())).unwrap()).await.unwrap();
+        let request = request.body(Full::from(body.into())).unwrap();
+        let answering = probe::exchange(self.connect().await, request);
+        let answer = tokio::time::timeout(Duration::from_secs(60), answering).await.unwrap().unwrap();
         let (head, body) = answer.into_parts();
         Answer { status: head.status, headers: head.headers, body }
     }
@@ -140,9 +233,14 @@ impl TestRelay {
     }
 
     async fn converse(&self, bytes: &[u8], patience: Duration) -> String {
-        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        Self::converse_on(self.connect().await, bytes, patience).await
+    }
+
+    /// Sends `bytes` on `stream` and reads until it is closed, or silent for so long.
+    pub(crate) async fn converse_on(mut stream: Connection, bytes: &[u8], patience: Duration) -> String {
         // The relay may answer and close before it has read everything.
         let _ = stream.write_all(bytes).await;
+        let _ = stream.flush().await;
         let mut answer = Vec::new();
         let mut part = [0; 4096];
         while let Ok(Ok(read @ 1..)) = tokio::time::timeout(patience, stream.read(&mut part)).await {

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use cyberscan_relay::sandbox::{Behaviour, Call, Rule};
+use rstest::rstest;
 use serde_json::json;
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::io::AsyncWriteExt;
 
-use crate::harness::{TestRelay, codes, list, seen};
+use crate::harness::{Over, TestRelay, codes, list, seen};
 
 #[tokio::test]
 async fn health_shows_how_much_of_the_quotas_is_used() {
@@ -95,9 +96,12 @@ async fn look_ups_that_fail_on_their_way_are_repeated_within_the_budget() {
     assert!((101..=111).contains(&sent), "{sent} requests for 100 look-ups");
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_tenant_whose_bodies_come_slowly_leaves_room_for_others() {
-    let relay = TestRelay::with(&[("RELAY_SERVER_MAX_IN_FLIGHT", "8")]).await;
+async fn a_tenant_whose_bodies_come_slowly_leaves_room_for_others(
+    #[values(Over::Plain, Over::Tls)] over: Over,
+) {
+    let relay = TestRelay::over(over, &[("RELAY_SERVER_MAX_IN_FLIGHT", "8")]).await;
     relay.sandbox.cyberscan.accept_key("slow");
     let slow = relay.token_with(&[("api_key", json!("slow"))]);
     let half = format!(
@@ -106,8 +110,9 @@ async fn a_tenant_whose_bodies_come_slowly_leaves_room_for_others() {
     );
     let mut bodies = Vec::new();
     for _ in 0..20 {
-        let mut stream = TcpStream::connect(relay.address).await.unwrap();
+        let mut stream = relay.connect().await;
         stream.write_all(half.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
         bodies.push(stream);
     }
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -25,11 +25,13 @@ mod enrichment;
 mod faults;
 mod first_day;
 mod golden;
+mod https;
 mod in_front;
 mod limits;
 #[cfg(feature = "otel")]
 mod otel;
 mod prefetch;
+mod proxies;
 mod redis_trouble;
 mod replicas;
 mod routes;

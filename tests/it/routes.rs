@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use http::{Method, StatusCode, header};
+use rstest::rstest;
 use serde_json::json;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::harness::{TestRelay, codes};
+use crate::harness::{Over, TestRelay, codes};
 
+#[rstest]
 #[tokio::test]
-async fn the_routes_without_a_tenant_answer_anyone() {
-    let relay = TestRelay::start().await;
+async fn the_routes_without_a_tenant_answer_anyone(#[values(Over::Plain, Over::Tls)] over: Over) {
+    let relay = TestRelay::over(over, &[]).await;
     let version = json!({"version": env!("CARGO_PKG_VERSION")});
     for path in ["/version", "/version/", "/version?a=b"] {
         assert_eq!(relay.send(Method::POST, path, &[], "").await.json(), version, "{path}");
@@ -45,9 +47,10 @@ async fn nothing_of_the_admin_listener_is_found_on_the_public_one() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_head_of_too_many_fields_or_bytes_is_refused() {
-    let relay = TestRelay::start().await;
+async fn a_head_of_too_many_fields_or_bytes_is_refused(#[values(Over::Plain, Over::Tls)] over: Over) {
+    let relay = TestRelay::over(over, &[]).await;
     let head = |fields: String| format!("GET /watchdog HTTP/1.1\r\nHost: h\r\n{fields}\r\n");
     for (fields, status) in [
         ("X: y\r\n".repeat(63), "200"),
@@ -93,9 +96,12 @@ async fn unknown_paths_and_wrong_methods_are_faults_of_http() {
     );
 }
 
+#[rstest]
 #[tokio::test]
-async fn targets_without_a_path_are_refused_and_the_relay_lives_on() {
-    let relay = TestRelay::start().await;
+async fn targets_without_a_path_are_refused_and_the_relay_lives_on(
+    #[values(Over::Plain, Over::Tls)] over: Over,
+) {
+    let relay = TestRelay::over(over, &[]).await;
     for request in ["CONNECT evil.test:443", "CONNECT /health", "OPTIONS *", "TRACE /health"] {
         let answer = relay
             .raw(format!("{request} HTTP/1.1\r\nHost: relay.test\r\nConnection: close\r\n\r\n").as_bytes())
@@ -105,10 +111,14 @@ async fn targets_without_a_path_are_refused_and_the_relay_lives_on() {
     assert_eq!(relay.health().await, json!({"data": {"status": "ok"}}));
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_body_that_is_too_large_late_or_encoded_is_an_error_item() {
+async fn a_body_that_is_too_large_late_or_encoded_is_an_error_item(
+    #[values(Over::Plain, Over::Tls)] over: Over,
+) {
     let relay =
-        TestRelay::with(&[("RELAY_SERVER_BODY_LIMIT", "1000"), ("RELAY_SERVER_BODY_TIMEOUT", "200ms")]).await;
+        TestRelay::over(over, &[("RELAY_SERVER_BODY_LIMIT", "1000"), ("RELAY_SERVER_BODY_TIMEOUT", "200ms")])
+            .await;
     let token = relay.token();
     let large = relay.post("/observe/observables", &token, vec![b'x'; 1001]).await;
     assert_eq!((large.status, codes(&large.json())), (StatusCode::OK, vec!["invalid argument"]));
@@ -153,12 +163,14 @@ async fn a_request_in_flight_is_answered_while_the_relay_drains() {
     relay.stop().await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn silent_and_half_sent_connections_do_not_stay() {
-    let relay = TestRelay::with(&[("RELAY_SERVER_HEADER_TIMEOUT", "100ms")]).await;
+async fn silent_and_half_sent_connections_do_not_stay(#[values(Over::Plain, Over::Tls)] over: Over) {
+    let relay = TestRelay::over(over, &[("RELAY_SERVER_HEADER_TIMEOUT", "100ms")]).await;
     for start in ["", "POST /hea", "POST /health HTTP/1.1\r\nHost: rel"] {
-        let mut stream = TcpStream::connect(relay.address).await.unwrap();
+        let mut stream = relay.connect().await;
         stream.write_all(start.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
         let closed = tokio::time::timeout(Duration::from_secs(5), async {
             let mut rest = Vec::new();
             tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut rest).await

@@ -3,11 +3,12 @@
 //! nothing else.
 
 use http::StatusCode;
+use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::cases::{Document, cases, check_each};
-use crate::harness::{TestRelay, codes, seen};
+use crate::harness::{Over, TestRelay, codes, seen};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,12 +29,15 @@ enum Expect {
     Answers(Vec<String>),
 }
 
+#[rstest]
 #[tokio::test]
-async fn every_body_is_answered_or_refused_on_both_routes_in_the_right_words() {
+async fn every_body_is_answered_or_refused_on_both_routes_in_the_right_words(
+    #[values(Over::Plain, Over::Tls)] over: Over,
+) {
     let cases: Vec<Case> = cases(include_str!("../../attacks/bodies.jsonl"));
     let answered = cases.iter().filter(|case| matches!(case.expect, Expect::Answers(_))).count();
     assert!(cases.len() >= 200 && answered >= 30, "{} bodies, {answered} answered", cases.len());
-    let relay = TestRelay::start().await;
+    let relay = TestRelay::over(over, &[]).await;
     let token = relay.token();
     check_each(&cases, async |Case { name, body, expect }| {
         let body = body.bytes(&|_| None);

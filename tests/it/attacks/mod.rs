@@ -2,10 +2,11 @@
 //! be called is called. Hosts and observables are here; tokens, request bodies, CyberScan's answers
 //! and key sets have a file each.
 
+use rstest::rstest;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::harness::{TestRelay, codes, list};
+use crate::harness::{Over, TestRelay, codes, list};
 
 mod bodies;
 mod cases;
@@ -38,11 +39,12 @@ impl Trap {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn hostile_hosts_are_refused_without_a_connection() {
+async fn hostile_hosts_are_refused_without_a_connection(#[values(Over::Plain, Over::Tls)] over: Over) {
     let trap = Trap::set().await;
     // Any public name is allowed here, so the grammar and the address guard are on their own.
-    let relay = TestRelay::with(&[("RELAY_CYBERSCAN_HOSTS", "*")]).await;
+    let relay = TestRelay::over(over, &[("RELAY_CYBERSCAN_HOSTS", "*")]).await;
     let hosts = texts(include_str!("../../attacks/hosts.txt"), &trap.address());
     assert!(hosts.len() >= 250, "{} hosts", hosts.len());
     for host in hosts {
@@ -56,10 +58,11 @@ async fn hostile_hosts_are_refused_without_a_connection() {
     assert_eq!(relay.sandbox.cyberscan.connections(), 0);
 }
 
+#[rstest]
 #[tokio::test]
-async fn hostile_key_issuers_are_refused_without_a_connection() {
+async fn hostile_key_issuers_are_refused_without_a_connection(#[values(Over::Plain, Over::Tls)] over: Over) {
     let trap = Trap::set().await;
-    let relay = TestRelay::start().await;
+    let relay = TestRelay::over(over, &[]).await;
     let issuers = texts(include_str!("../../attacks/hosts.txt"), &trap.address());
     for jwks_host in issuers.into_iter().map(Value::from).chain([json!(5), json!([]), json!({}), json!(true)])
     {
@@ -71,9 +74,10 @@ async fn hostile_key_issuers_are_refused_without_a_connection() {
     assert_eq!(relay.sandbox.issuer.connections(), 0);
 }
 
+#[rstest]
 #[tokio::test]
-async fn hostile_observables_are_left_out_without_a_call() {
-    let relay = TestRelay::start().await;
+async fn hostile_observables_are_left_out_without_a_call(#[values(Over::Plain, Over::Tls)] over: Over) {
+    let relay = TestRelay::over(over, &[]).await;
     let values = texts(include_str!("../../attacks/observables.txt"), "127.0.0.1:1");
     assert!(values.len() >= 500, "{} observables", values.len());
     for values in values.chunks(100) {
@@ -89,9 +93,10 @@ async fn hostile_observables_are_left_out_without_a_call() {
     assert!(relay.sandbox.cyberscan.calls().is_empty(), "{:?}", relay.sandbox.cyberscan.calls());
 }
 
+#[rstest]
 #[tokio::test]
-async fn no_answer_or_error_repeats_a_secret() {
-    let relay = TestRelay::start().await;
+async fn no_answer_or_error_repeats_a_secret(#[values(Over::Plain, Over::Tls)] over: Over) {
+    let relay = TestRelay::over(over, &[]).await;
     let token = relay.token();
     relay.sandbox.cyberscan.revoke_key("sandbox-key");
     for body in ["", "not json", &list(&[("ip", "203.0.113.10")])] {

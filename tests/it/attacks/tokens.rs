@@ -20,6 +20,7 @@ use cyberscan_relay::{
     sandbox::{Call, Options, Sandbox},
     settings::Settings,
 };
+use rstest::rstest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -28,7 +29,7 @@ use super::{
     Trap,
     cases::{cases, check_each, fill, fill_all},
 };
-use crate::harness::{AUDIENCE, TestRelay, list, sandbox_settings};
+use crate::harness::{AUDIENCE, Over, TestRelay, list, sandbox_settings};
 
 /// One token. What is not said is as in a good one.
 #[derive(Debug, Deserialize)]
@@ -301,8 +302,11 @@ async fn ask(relay: &TestRelay, case: &Case, token: &str, route: &str) -> (Strin
     (status, serde_json::from_str(body).unwrap_or_default())
 }
 
+#[rstest]
 #[tokio::test]
-async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issuer_is_called() {
+async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issuer_is_called(
+    #[values(Over::Plain, Over::Tls)] over: Over,
+) {
     let cases: Vec<Case> = cases(include_str!("../../attacks/tokens.jsonl"));
     let good = cases.iter().filter(|case| case.expect == "good").count();
     assert!(cases.len() - good >= 300 && good >= 40, "{} bad and {good} good tokens", cases.len() - good);
@@ -313,7 +317,7 @@ async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issu
     }
 
     let trap = Trap::set().await;
-    let (relay, started) = (TestRelay::start().await, Instant::now());
+    let (relay, started) = (TestRelay::over(over, &[]).await, Instant::now());
     let stranger = Sandbox::start(Options::default()).await.unwrap();
     let forge = Forge { sandbox: &relay.sandbox, stranger: &stranger, trap: trap.address() };
     check_each(&cases, async |case| {
