@@ -12,23 +12,67 @@ use crate::{
     cache::{Cached, redis::RedisTier},
     clock::Clock,
     cyberscan::{Breaker, Client},
-    egress::Http,
+    egress::{self, Http},
     enrich::Enricher,
     http::{self, Relay},
     limiter::Limiter,
     metrics::Metrics,
     redis_pool::Redis,
-    settings::Settings,
+    settings::{Fault, Faults, Settings},
     telemetry::LogLevel,
-    trace::Traces,
+    trace::{Exporting, Traces},
     worker::Worker,
 };
 
 /// How long background tasks may take to end after the last request.
 const LAST_TASKS: Duration = Duration::from_secs(2);
 
-/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
-/// on that of `admin`.
+/// Everything that serving needs and might not get: files have been read, TLS and the connections' clients are set up.
+/// Nothing is connected yet, and no port is taken.
+pub struct Prepared {
+    settings: Settings,
+    clock: Clock,
+    tasks: TaskTracker,
+    metrics: Metrics,
+    egress: Http,
+    traces: (Traces, Exporting),
+    redis: Option<Redis>,
+}
+
+/// Sets up what `settings` say. Both `check` and `serve` go through here, so that the one finds what the other would.
+///
+/// # Errors
+/// All parts that cannot be set up.
+pub fn prepare(settings: Settings) -> Result<Prepared, Faults> {
+    let mut faults = Vec::new();
+    // What a library says might quote a secret: it is not repeated.
+    let mut fault = |key: &str, message: String| {
+        faults.push(Fault { key: key.to_owned(), source: "set-up".to_owned(), message });
+    };
+    let (tasks, metrics) = (TaskTracker::new(), Metrics::new());
+    let egress = Http::new(&settings.egress);
+    if let Err(error) = &egress {
+        let told = error.downcast_ref::<egress::tls::SetUpError>().map(ToString::to_string);
+        fault("egress", told.unwrap_or_else(|| "calls through egress.proxy cannot be set up".to_owned()));
+    }
+    let traces = Traces::new(settings.traces.as_ref(), &settings.egress);
+    if traces.is_err() {
+        fault("telemetry.otlp_endpoint", "calls to the collector cannot be set up".to_owned());
+    }
+    let redis = settings.redis.as_ref().map(|config| Redis::new(config, metrics.clone(), tasks.clone()));
+    let redis = redis.transpose();
+    if redis.is_err() {
+        fault("redis.url", "the connection cannot be set up".to_owned());
+    }
+    match (egress, traces, redis) {
+        (Ok(egress), Ok(traces), Ok(redis)) => {
+            Ok(Prepared { settings, clock: Clock::system(), tasks, metrics, egress, traces, redis })
+        }
+        _ => Err(Faults(faults)),
+    }
+}
+
+/// Prepares `settings` and serves as [`serve`] does, without reloads.
 ///
 /// # Errors
 /// When a part cannot be set up: a certificate file that cannot be read, TLS without any root.
@@ -38,15 +82,26 @@ pub async fn run(
     admin: Option<(TcpListener, LogLevel)>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    if settings.auth.audiences.is_empty() {
-        warn!("auth.audiences is not set: the audience of tokens is derived from each request's Host header");
+    serve(prepare(settings)?, listener, admin, shutdown).await
+}
+
+/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
+/// on that of `admin`.
+///
+/// # Errors
+/// When a listener is gone.
+pub async fn serve(
+    prepared: Prepared,
+    listener: TcpListener,
+    admin: Option<(TcpListener, LogLevel)>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let Prepared { settings, clock, tasks, metrics, egress, traces: (traces, exporting), redis } = prepared;
+    for Fault { key, source, message } in settings.warnings() {
+        warn!(key, source, "the configuration looks odd: {message}");
     }
-    let clock = Clock::system();
-    let tasks = TaskTracker::new();
-    let metrics = Metrics::new();
     let background = CancellationToken::new();
-    let egress = Http::new(&settings.egress)?;
-    let traces = Traces::start(settings.traces.as_ref(), &settings.egress, &tasks, background.clone())?;
+    exporting.start(&tasks, background.clone());
     let authenticator = Authenticator::new(
         settings.auth,
         settings.cyberscan.hosts.clone(),
@@ -55,10 +110,6 @@ pub async fn run(
         metrics.clone(),
         tasks.clone(),
     );
-    let redis = match &settings.redis {
-        Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
-        None => None,
-    };
     // Without a Redis nothing is missing.
     metrics.redis_up.set((), i64::from(redis.is_none()));
     let with_redis = redis.is_some();

@@ -15,7 +15,7 @@ use cyberscan_relay::{
     hardening::{self, Hardened},
     http::server,
     probe, settings,
-    settings::Settings,
+    settings::{Fault, Settings, Source},
     telemetry::{self, LogLevel},
 };
 use http::Request;
@@ -131,7 +131,8 @@ fn main() -> ExitCode {
 
 fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let settings = || Settings::load(configuration.config.as_deref(), settings::environment());
+    let source = Source::new(configuration.config.clone(), settings::environment());
+    let settings = || source.load();
     match command {
         Command::Serve => {
             let mut settings = settings()?;
@@ -147,7 +148,7 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
             let shutdown = shutdown_on_signals()?;
             demo::run(listen, once, shutdown).await
         }),
-        Command::Check => check(&settings()?),
+        Command::Check => runtime.block_on(async { check(settings()?) }),
         Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -176,12 +177,14 @@ async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
     let listen = |key: &str, address: SocketAddr| {
         server::listen(address).with_context(|| format!("{key}: cannot listen on {address}"))
     };
-    let listener = listen("listen", settings.listen)?;
-    let admin = match settings.admin_listen {
+    let (public, admin) = (settings.listen, settings.admin_listen);
+    let prepared = app::prepare(settings)?;
+    let listener = listen("listen", public)?;
+    let admin = match admin {
         Some(address) => Some((listen("admin.listen", address)?, log)),
         None => None,
     };
-    app::run(settings, listener, admin, shutdown).await
+    app::serve(prepared, listener, admin, shutdown).await
 }
 
 async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
@@ -202,10 +205,17 @@ async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check(settings: &Settings) -> anyhow::Result<()> {
+/// Everything `serve` does before it takes a port.
+fn check(settings: Settings) -> anyhow::Result<()> {
+    let (effective, warnings) = (settings.effective().to_vec(), settings.warnings().to_vec());
+    app::prepare(settings)?;
     let mut out = std::io::stdout().lock();
-    for key in settings.effective() {
+    for key in effective {
         writeln!(out, "{} = {}  # {}", key.key, key.value, key.source)?;
+    }
+    let mut errors = std::io::stderr().lock();
+    for Fault { key, source, message } in warnings {
+        writeln!(errors, "cyberscan-relay: warning: {key} ({source}) {message}")?;
     }
     Ok(())
 }

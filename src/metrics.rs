@@ -241,6 +241,10 @@ labels! {
         Hour => "hour",
         /// A day.
         Day => "day",
+        /// A week.
+        Week => "week",
+        /// A month.
+        Month => "month",
     }
     /// How a host's circuit breaker stands.
     BreakerState {

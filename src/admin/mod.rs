@@ -37,7 +37,7 @@ use crate::{
     http::server,
     metrics::Metrics,
     redis_pool::Unavailable,
-    telemetry::LogLevel,
+    telemetry::{Level, LogLevel},
 };
 
 /// Settings `admin.*`.
@@ -241,17 +241,16 @@ fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
     if let Some(refusal) = refusal(&admin.config, headers) {
         return refusal;
     }
-    let level = std::str::from_utf8(body).ok().and_then(|text| text.trim().parse().ok());
-    match level.map(|level| admin.log.set(&level)) {
-        Some(true) => {
-            info!("the log level was changed");
-            answer(StatusCode::OK, &json!({"level": String::from_utf8_lossy(body).trim()}))
-        }
-        Some(false) => answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"})),
-        None => answer(
-            StatusCode::BAD_REQUEST,
-            &json!({"error": "expected a level such as info, or filter directives"}),
-        ),
+    let text = String::from_utf8_lossy(body);
+    let level = match text.parse::<Level>() {
+        Ok(level) => level,
+        Err(why) => return answer(StatusCode::BAD_REQUEST, &json!({"error": why.to_string()})),
+    };
+    if admin.log.set(&level) {
+        info!("the log level was changed");
+        answer(StatusCode::OK, &json!({"level": text.trim()}))
+    } else {
+        answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"}))
     }
 }
 

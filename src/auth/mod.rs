@@ -234,6 +234,8 @@ impl Authenticator {
     /// under which the request reached us.
     fn is_ours(&self, audience: &str, request: Credentials<'_>) -> bool {
         if !self.0.config.audiences.is_empty() {
+            // The settings leave no slash at the end; whoever made the token may have.
+            let audience = audience.trim_end_matches('/');
             return self.0.config.audiences.iter().any(|ours| ours == audience);
         }
         let forwarded = |name: &str| {
