@@ -7,6 +7,7 @@ pub mod clock;
 pub mod chance;
 pub mod sync;
 pub mod flight;
+pub mod live;
 pub mod metrics;
 pub mod trace;
 pub mod redis_pool;

@@ -30,6 +30,7 @@ use tracing::{info, warn};
 
 use crate::{
     flight::Flights,
+    live::Live,
     metrics::{Label, Metrics, Operation, RedisOutcome},
     trace::{self, Stage},
 };
@@ -187,7 +188,8 @@ impl Url {
     }
 
     /// The same, whoever logs in.
-    fn without_login(&self) -> Self {
+    #[must_use]
+    pub fn without_login(&self) -> Self {
         Self { login: Login::default(), ..self.clone() }
     }
 }
@@ -239,8 +241,8 @@ const POOL: usize = 4;
 pub struct Redis(Arc<Shared>);
 
 struct Shared {
-    pool: Pool,
-    timeout: Duration,
+    pool: Live<Pool>,
+    timeout: Live<Duration>,
     state: Mutex<State>,
     connecting: Flights<(), Result<Link, Unavailable>>,
     metrics: Metrics,
@@ -282,12 +284,28 @@ impl Redis {
     pub fn new(config: &Config, metrics: Metrics, tasks: TaskTracker) -> anyhow::Result<Self> {
         let pool = Pool::new(config)?;
         Ok(Self(Arc::new(Shared {
-            pool,
-            timeout: config.timeout,
+            pool: Live::new(pool),
+            timeout: Live::new(config.timeout),
             state: Mutex::default(),
             connecting: Flights::new(tasks),
             metrics,
         })))
+    }
+
+    /// From now on waits as long as `config` says, and who connects logs in as it says. The connection there is stays: its
+    /// login was good when it was made.
+    ///
+    /// # Errors
+    /// When the URLs do not fit the mode.
+    pub fn reconfigure(&self, config: &Config) -> anyhow::Result<()> {
+        self.0.pool.set(Pool::new(config)?);
+        self.0.timeout.set(config.timeout);
+        // The new login may be what it has been waiting for.
+        let mut state = self.state();
+        if state.link.is_none() {
+            (state.failures, state.closed_until) = (0, None);
+        }
+        Ok(())
     }
 
     /// Runs `operation` on the shared connection, within the time-out and behind the breaker.
@@ -314,7 +332,7 @@ impl Redis {
             return Err(Unavailable);
         }
         let whole = async { Ok(action(self.link().await?).await) };
-        let running = timeout(self.0.timeout, whole);
+        let running = timeout(**self.0.timeout.get(), whole);
         let outcome = trace::stage(Stage::Redis(operation), running, |outcome, facts| {
             facts.text("db.system.name", "redis");
             match came_to(outcome) {
@@ -340,7 +358,7 @@ impl Redis {
     /// # Errors
     /// [`Unavailable`] when none can be made.
     pub async fn own_link(&self) -> Result<Link, Unavailable> {
-        timeout(CONNECT, self.0.pool.connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
+        timeout(CONNECT, self.0.pool.snapshot().connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
             self.complain(Some(&error));
             Unavailable
         })
@@ -360,7 +378,7 @@ impl Redis {
         // operation finds what this one did not wait for.
         let shared = Arc::clone(&self.0);
         let connecting = self.0.connecting.join((), || async move {
-            let link = timeout(CONNECT, shared.pool.connect()).await.map_err(|_| Unavailable)?;
+            let link = timeout(CONNECT, shared.pool.snapshot().connect()).await.map_err(|_| Unavailable)?;
             let this = Self(shared);
             match link {
                 Ok(link) => {

@@ -35,6 +35,7 @@ use crate::{
     ctim::Subject,
     cyberscan::CyberScan,
     http::server,
+    live::Live,
     metrics::Metrics,
     redis_pool::Unavailable,
     telemetry::{Level, LogLevel},
@@ -91,7 +92,7 @@ pub struct Admin<C> {
     /// Whether there is a Redis.
     pub redis: bool,
     /// The settings.
-    pub config: Config,
+    pub config: Live<Config>,
 }
 
 /// Serves on `listener` until `shutdown`.
@@ -209,7 +210,7 @@ struct Purged {
 }
 
 async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) -> Reply {
-    if let Some(refusal) = refusal(&admin.config, &headers) {
+    if let Some(refusal) = refusal(&admin.config.get(), &headers) {
         return refusal;
     }
     const EXPECTED: &str = "expected {\"all\": true}, {\"tenant\": \"<32 hex digits>\"} or {\"observable\": \"<address or domain>\"}";
@@ -238,7 +239,7 @@ async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) 
 }
 
 fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
-    if let Some(refusal) = refusal(&admin.config, headers) {
+    if let Some(refusal) = refusal(&admin.config.get(), headers) {
         return refusal;
     }
     let text = String::from_utf8_lossy(body);

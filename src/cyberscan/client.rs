@@ -30,6 +30,7 @@ use crate::{
     clock::Clock,
     ctim::DomainName,
     egress::{self, HostPatterns, Http, Reply, Transport},
+    live::Live,
     metrics::{Decision, Label, Metrics, UpstreamCall, UpstreamOutcome},
     trace::{self, Stage},
 };
@@ -82,10 +83,10 @@ struct Shared<A> {
     budget: Mutex<f64>,
     tokens: AccessTokens,
     clock: Clock,
-    config: Config,
+    config: Live<Config>,
     metrics: Metrics,
     /// Where links to CyberScan's own pages may lead: the allowed hosts and CyberScan itself.
-    pages: HostPatterns,
+    pages: Live<HostPatterns>,
 }
 
 /// One HTTP request, before it has a host and a token.
@@ -115,10 +116,16 @@ impl<A: Admission> Client<A> {
             budget: Mutex::new(1.0),
             tokens: AccessTokens::new(clock, tasks),
             clock,
-            config,
+            config: Live::new(config),
             metrics,
-            pages,
+            pages: Live::new(pages),
         }))
+    }
+
+    /// Asks as `config` says from now on.
+    pub fn reconfigure(&self, config: Config) {
+        self.0.pages.set(config.hosts.with_domain("cyberscan.io"));
+        self.0.config.set(config);
     }
 
     /// Asks `GET /api/v1/<path>` with the tenant's token; a refused token is replaced once.
@@ -162,7 +169,7 @@ impl<A: Admission> Client<A> {
                 Ok(reply) => matches!(reply.status.as_u16(), 502..=504),
                 Err(error) => matches!(error, Error::Unreachable { .. }),
             };
-            if !transient || repeated == self.0.config.retries || call.priority == Priority::Prefetch {
+            if !transient || repeated == self.0.config.get().retries || call.priority == Priority::Prefetch {
                 return outcome;
             }
             let pause = BACK_OFF.saturating_mul(1 << repeated).mul_f64(chance());
@@ -205,7 +212,7 @@ impl<A: Admission> Client<A> {
             limit: TOKEN_BODY,
         };
         // Others may wait for the token longer than the one who asked first.
-        let call = Call { deadline: Instant::now() + self.0.config.timeout, ..call };
+        let call = Call { deadline: Instant::now() + self.0.config.get().timeout, ..call };
         let reply = self.send(&call, &request, None).await?;
         match judge(&reply, EXPECTED, self.0.clock)? {
             StatusCode::NOT_FOUND => Err(unexpected),
@@ -237,7 +244,7 @@ impl<A: Admission> Client<A> {
             *budget = (*budget + BUDGET).min(10.0);
         }
         let sent = Instant::now();
-        let deadline = call.deadline.min(sent + self.0.config.timeout);
+        let deadline = call.deadline.min(sent + self.0.config.get().timeout);
         let sending = self.0.http.send(egress::client::Call {
             method: request.method.clone(),
             host: tenant.host(),
@@ -322,7 +329,7 @@ impl Fetched {
 impl<A: Admission> CyberScan for Client<A> {
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
         let fetch = || self.clone().fetch_token(call.clone());
-        let token = self.0.tokens.get_younger_than(self.0.config.revalidate, call.tenant.id(), fetch);
+        let token = self.0.tokens.get_younger_than(self.0.config.get().revalidate, call.tenant.id(), fetch);
         Ok(within(call, token).await?.fetched())
     }
 
@@ -333,13 +340,13 @@ impl<A: Admission> CyberScan for Client<A> {
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
         let path = path("domain", domain.as_str());
         let fetched = self.get(call, UpstreamCall::Domain, path, "a domain record").await?;
-        fetched.read(|body| DomainRecord::parse(body, &self.0.pages))
+        fetched.read(|body| DomainRecord::parse(body, &self.0.pages.get()))
     }
 
     async fn host(&self, call: &Call, ip: IpAddr) -> Result<Answer<HostRecord>, Error> {
         let path = path("ip", &ip.to_string());
         let fetched = self.get(call, UpstreamCall::Host, path, "an address record").await?;
-        fetched.read(|body| HostRecord::parse(body, &self.0.pages))
+        fetched.read(|body| HostRecord::parse(body, &self.0.pages.get()))
     }
 
     async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {

@@ -34,6 +34,7 @@ use crate::{
     cyberscan::{
         Answer, Call, CyberScan, Error, Priority, Purpose, QuotaUse, Record, Tally, Vulnerabilities,
     },
+    live::Live,
     tenant::Tenant,
 };
 
@@ -54,12 +55,12 @@ pub struct Config {
 pub struct Enricher<P> {
     cyberscan: Arc<P>,
     rendered: Rendered,
-    config: Config,
+    config: Live<Config>,
 }
 
 impl<P> Clone for Enricher<P> {
     fn clone(&self) -> Self {
-        Self { cyberscan: Arc::clone(&self.cyberscan), rendered: self.rendered.clone(), config: self.config }
+        Self { cyberscan: Arc::clone(&self.cyberscan), rendered: self.rendered.clone(), config: self.config.clone() }
     }
 }
 
@@ -78,13 +79,23 @@ impl<P: CyberScan> Enricher<P> {
     /// An enricher that asks `cyberscan`.
     #[must_use]
     pub fn new(cyberscan: P, config: Config) -> Self {
-        Self { cyberscan: Arc::new(cyberscan), rendered: Rendered::new(config.rendered_memory), config }
+        let rendered = Rendered::new(config.rendered_memory);
+        Self { cyberscan: Arc::new(cyberscan), rendered, config: Live::new(config) }
+    }
+
+    /// Answers as `config` says from now on.
+    pub fn reconfigure(&self, config: Config) {
+        let old = self.config.snapshot();
+        self.config.set(config);
+        if old.tlp != config.tlp {
+            self.rendered.forget();
+        }
     }
 
     /// When the answer to a request that came now is due.
     #[must_use]
     pub fn due(&self) -> Instant {
-        Instant::now() + self.config.deadline
+        Instant::now() + self.config.get().deadline
     }
 
     /// Whether CyberScan accepts the tenant's key; and how much of its quotas is used.
@@ -153,7 +164,7 @@ impl<P: CyberScan> Enricher<P> {
             Subject::Domain(_) => details_page,
         };
         let seen = Seen { ip, details_page, vulnerabilities, asked_at: answer.asked_at };
-        let docs = self.rendered.get(seen, call.tenant.id(), observable, self.config.tlp);
+        let docs = self.rendered.get(seen, call.tenant.id(), observable, self.config.get().tlp);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         if docs.len() > limit {
             findings.problems.add(Problem::LeftOut { count: docs.len() - limit });
@@ -198,7 +209,7 @@ impl<P: CyberScan> Enricher<P> {
         let subjects: Vec<Subject> =
             observables.iter().map(|observable| observable.subject().clone()).collect();
         self.cyberscan.announce(call, &subjects, purpose).await;
-        let turns = &Semaphore::new(self.config.concurrency.get());
+        let turns = &Semaphore::new(self.config.get().concurrency.get());
         let look_up = &look_up;
         let look_ups = observables.iter().map(|observable| async move {
             let _turn = turns.acquire().await;

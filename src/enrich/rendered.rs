@@ -46,6 +46,11 @@ impl Rendered {
         Self(Cache::builder().max_capacity(bytes).weigher(weigh).build())
     }
 
+    /// Forgets all renderings: what is the same for all of them has changed.
+    pub(super) fn forget(&self) {
+        self.0.invalidate_all();
+    }
+
     /// The sightings of `seen`: those made before, if they were made from the same.
     pub(super) fn get(
         &self,

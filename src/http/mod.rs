@@ -34,6 +34,7 @@ use crate::{
     ctim::{ErrorItem, Observable},
     cyberscan::{CyberScan, Tally},
     enrich::Enricher,
+    live::Live,
     metrics::{Label, Metrics},
     trace::{self, Stage, Traces},
 };
@@ -68,12 +69,24 @@ struct Asked {
 pub struct Relay<P> {
     authenticator: Authenticator,
     enricher: Enricher<P>,
-    limits: Limits,
+    live: Live<Changing>,
     clock: Clock,
     bulkhead: Bulkhead,
     metrics: Metrics,
+}
+
+/// What of the settings may change.
+struct Changing {
+    limits: Limits,
     /// `log.observables`: whether observables may be logged.
     log_observables: bool,
+}
+
+impl Changing {
+    fn of(config: &Config) -> Self {
+        let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
+        Self { limits, log_observables: config.log_observables }
+    }
 }
 
 impl<P> Clone for Relay<P> {
@@ -81,11 +94,10 @@ impl<P> Clone for Relay<P> {
         Self {
             authenticator: self.authenticator.clone(),
             enricher: self.enricher.clone(),
-            limits: self.limits,
+            live: self.live.clone(),
             clock: self.clock,
             bulkhead: self.bulkhead.clone(),
             metrics: self.metrics.clone(),
-            log_observables: self.log_observables,
         }
     }
 }
@@ -100,10 +112,13 @@ impl<P: CyberScan> Relay<P> {
         config: &Config,
         metrics: Metrics,
     ) -> Self {
-        let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
         let bulkhead = Bulkhead::new(config.max_in_flight);
-        let log_observables = config.log_observables;
-        Self { authenticator, enricher, limits, clock, bulkhead, metrics, log_observables }
+        Self { authenticator, enricher, live: Live::new(Changing::of(config)), clock, bulkhead, metrics }
+    }
+
+    /// Of `config`, takes what can change while it serves.
+    pub fn reconfigure(&self, config: &Config) {
+        self.live.set(Changing::of(config));
     }
 
     /// Adds to the account of `reply` what was asked and where answers came from.
@@ -112,7 +127,7 @@ impl<P: CyberScan> Relay<P> {
             account.observables = asked.observables.len();
             account.tenant.clone_from(&asked.tenant);
             account.tally = tally;
-            account.asked = self.log_observables.then(|| {
+            account.asked = self.live.get().log_observables.then(|| {
                 let asked = asked.observables.iter().map(|observable| observable.subject().to_string());
                 asked.collect::<Vec<_>>().join(",")
             });
@@ -150,7 +165,7 @@ impl<P: CyberScan> Relay<P> {
             Ok(tenant) => Some(place.of(tenant.id()).ok_or_else(error_reply::busy)?),
             Err(_) => None,
         };
-        let reading = body::read(headers, body, self.limits);
+        let reading = body::read(headers, body, self.live.get().limits);
         Ok((authorized, place, trace::stage(Stage::Body, reading, |_, _| {}).await?))
     }
 }

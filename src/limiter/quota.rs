@@ -112,6 +112,11 @@ impl SlidingWindow {
         self.window
     }
 
+    /// The same calls, with another limit.
+    pub(super) fn with_limit(&self, window: Window) -> Self {
+        Self { window, ..self.clone() }
+    }
+
     /// Microseconds of one part.
     fn part(&self) -> u64 {
         micros(self.window.per) / PARTS

@@ -46,6 +46,8 @@ use crate::{
     },
     ctim::Subject,
     cyberscan::{Call, CyberScan, Error, Priority},
+    egress::HostPatterns,
+    live::Live,
     metrics::{Metrics, Prefetch, Resource},
     redis_pool::Redis,
     tenant::{Tenant, TenantId},
@@ -128,6 +130,8 @@ struct Inner<C> {
     /// Relations that are being fetched or wait for a turn.
     following: Arc<Semaphore>,
     books: Mutex<HashMap<TenantId, Book>>,
+    /// Where tenants may be; `None`: wherever they come from.
+    hosts: Live<Option<HostPatterns>>,
 }
 
 /// What is known of a tenant. Its key is in here, and nowhere else in the worker.
@@ -170,7 +174,18 @@ impl<C: Renew> Worker<C> {
             metrics,
             tasks,
             books: Mutex::default(),
+            hosts: Live::new(None),
         }))
+    }
+
+    /// From now on works for tenants of `hosts` only; the keys of others are forgotten.
+    pub fn reconfigure(&self, hosts: HostPatterns) {
+        self.0.hosts.set(Some(hosts));
+        self.books().retain(|_, book| self.may_work_for(&book.tenant));
+    }
+
+    fn may_work_for(&self, tenant: &Tenant) -> bool {
+        self.0.hosts.get().as_ref().as_ref().is_none_or(|hosts| hosts.allow(tenant.host()))
     }
 
     /// Works until `shutdown`. A panic costs the round it happens in.
@@ -191,7 +206,7 @@ impl<C: Renew> Worker<C> {
     /// Collects what was read, then renews what is due.
     async fn round(&self) {
         let mut by_tenant: HashMap<TenantId, Vec<Note>> = HashMap::new();
-        for note in self.0.notes.collect() {
+        for note in self.0.notes.collect().into_iter().filter(|note| self.may_work_for(&note.tenant)) {
             by_tenant.entry(note.tenant.id()).or_default().push(note);
         }
         for (id, notes) in by_tenant {
