@@ -17,9 +17,10 @@ use cyberscan_relay::{
         policy::{Lifetime, Policy},
     },
     clock::Clock,
-    ctim::{DomainName, Observable, sighting::Tlp},
+    ctim::{DomainName, Observable, Subject, sighting::Tlp},
     cyberscan::{
-        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Priority, Record, Vulnerabilities,
+        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Preload, Priority, Record, Vulnerabilities,
+        Wanted,
     },
     egress::{self, Http},
     enrich::{self, Enricher},
@@ -135,6 +136,10 @@ impl CyberScan for AtHand {
     }
 }
 
+impl Preload for AtHand {
+    async fn preload(&self, _: &Call, _: &[Subject], _: Wanted) {}
+}
+
 /// Seven vulnerabilities at each address.
 fn at_hand() -> AtHand {
     let finding = |n: u32| {
@@ -220,6 +225,8 @@ fn sightings(c: &mut Criterion) {
         let config = enrich::Config {
             deadline: HOUR,
             concurrency: 16.try_into().unwrap(),
+            ip_details_page: false,
+            private_addresses: false,
             tlp: Tlp::Amber,
             rendered_memory,
         };

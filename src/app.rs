@@ -135,7 +135,8 @@ pub async fn serve(
         tasks.spawn(worker.run(background.clone()));
     }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
-    let relay = Relay::new(authenticator.clone(), enricher, clock, &settings.http, metrics.clone());
+    let relay =
+        Relay::new(authenticator.clone(), enricher, limiter.clone(), clock, &settings.http, metrics.clone());
     let service = http::service(&relay, traces);
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     if let Some((listener, log)) = admin {

@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod chance;
+pub mod surrogates;
 pub mod sync;
 pub mod flight;
 pub mod live;

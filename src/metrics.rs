@@ -662,14 +662,6 @@ pub fn revision() -> &'static str {
     option_env!("RELAY_REVISION").unwrap_or("unknown")
 }
 
-impl ErrorCode {
-    /// The one that is written like that.
-    #[must_use]
-    pub fn of(code: &str) -> Self {
-        Self::ALL.iter().copied().find(|known| known.as_str() == code).unwrap_or(Self::Internal)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;

@@ -58,7 +58,7 @@ impl Tenant {
     /// # Errors
     /// [`RefusedHost`] when the host is malformed or not allowed; it is never contacted then.
     pub fn admit(host: &str, key: ApiKey, allowed: &HostPatterns) -> Result<Self, RefusedHost> {
-        let host = host.trim_end_matches('/');
+        let host = host.trim_end_matches('/').trim_end();
         match host.parse::<Host>() {
             Ok(parsed) if allowed.allow(&parsed) => Ok(Self::new(parsed, key)),
             _ => Err(RefusedHost::new(host)),

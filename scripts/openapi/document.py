@@ -82,8 +82,9 @@ def main():
         checks.that("the version is that of Cargo.toml", told == version, f"{told} is not {version}")
 
     replies = source("src/http/error_reply.rs")
-    written = {("fatal" if kind == "fatal" else "warning", code) for kind, code in re.findall(r'\b(fatal|warning)\(\s*"([^"]+)"', replies)}
-    others = re.findall(r'(?<!fn )\b(?:fatal|warning)\((?!\s*").*', replies)
+    words = dict(map(reversed, re.findall(r'rename = "([^"]+)"\)\]\s+(\w+),', source("src/ctim/envelope.rs"))))
+    written = {(kind, words.get(code, code)) for kind, code in re.findall(r"\b(fatal|warning)\(\s*ErrorCode::(\w+)", replies)}
+    others = re.findall(r"(?<!fn )\b(?:fatal|warning)\((?!\s*ErrorCode::).*", replies)
     checks.that("every error item of error_reply.rs has its code beside it", not others, "; ".join(others))
     documented = set(codes(public["components"]["schemas"]))
     for kind, code in sorted(written - documented):

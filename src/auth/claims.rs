@@ -143,16 +143,14 @@ impl Claims {
         texts.unwrap_or_default()
     }
 
-    /// API key and host, as they were typed in.
+    /// API key and host, as they were typed in, but for what pasting leaves around them.
     pub(super) fn credentials(&self) -> Result<(&str, &str), AuthError> {
-        match (&self.api_key, &self.host) {
-            (Some(Value::String(key)), Some(Value::String(host)))
-                if (1..=API_KEY).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic()) =>
-            {
-                Ok((key, host))
-            }
-            _ => Err(AuthError::MissingClaims),
-        }
+        let (Some(Value::String(key)), Some(Value::String(host))) = (&self.api_key, &self.host) else {
+            return Err(AuthError::MissingClaims);
+        };
+        let (key, host) = (pasted(key), pasted(host));
+        let sound = (1..=API_KEY).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic());
+        if sound { Ok((key, host)) } else { Err(AuthError::MissingClaims) }
     }
 
     /// How many sightings at most per observable.
@@ -177,6 +175,13 @@ impl Claims {
             _ => DEFAULT_LIMIT,
         }
     }
+}
+
+/// `text` without the blanks and line breaks around it, invisible ones of web pages and spreadsheets among them.
+fn pasted(text: &str) -> &str {
+    let invisible =
+        |c: char| matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}' | '\u{feff}');
+    text.trim_matches(|c: char| c.is_whitespace() || invisible(c))
 }
 
 /// A point in time (RFC 7519 §2), as a number or as a number in a string.
@@ -402,12 +407,23 @@ mod tests {
             r#"{"api_key":["k"],"host":"h"}"#,
             r#"{"api_key":"k","host":5}"#,
             r#"{"api_key":"a b","host":"h"}"#,
-            r#"{"api_key":"k\n","host":"h"}"#,
+            r#"{"api_key":" \n","host":"h"}"#,
+            r#"{"api_key":"k\nl","host":"h"}"#,
+            r#"{"api_key":"k\u0000","host":"h"}"#,
         ] {
             assert_eq!(claims(payload).credentials(), Err(AuthError::MissingClaims), "{payload}");
         }
         // An empty or odd host is told apart later, where the URL that will not be called is named.
         assert_eq!(claims(r#"{"api_key":"k","host":""}"#).credentials(), Ok(("k", "")));
+    }
+
+    #[test]
+    fn what_pasting_leaves_around_credentials_is_no_part_of_them() {
+        for around in [" ", "\\n", "\\r\\n", "\\t ", "\\u00a0", "\\ufeff", "\\u200b \\n", "\\u202a"] {
+            let payload =
+                format!(r#"{{"api_key":"{around}good-key{around}","host":"{around}api.example{around}"}}"#);
+            assert_eq!(claims(&payload).credentials(), Ok(("good-key", "api.example")), "{payload}");
+        }
     }
 
     proptest! {

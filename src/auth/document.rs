@@ -3,7 +3,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use http::{HeaderMap, Method};
 use jsonwebtoken::DecodingKey;
 use serde_json::Value;
@@ -18,10 +21,13 @@ use crate::{
 
 /// How long one fetch may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The most bytes of a key set.
+/// The most bytes of a key set; it also bounds how many keys there can be.
 const BODY: usize = 64 << 10;
-/// The most keys taken from a set.
-const KEYS: usize = 32;
+/// Numbers of keys. RFC 7518 §2 has no padding; some issuers pad nevertheless.
+const NUMBER: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::URL_SAFE,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// Usable keys by their id.
 pub(super) type Keys = HashMap<String, DecodingKey>;
@@ -65,9 +71,6 @@ pub(super) fn import(body: &[u8]) -> Option<Keys> {
     }
     let mut keys = Keys::new();
     for entry in entries {
-        if keys.len() == KEYS {
-            break;
-        }
         if let Some((kid, key)) = usable(entry) {
             keys.entry(kid).or_insert(key);
         }
@@ -76,18 +79,14 @@ pub(super) fn import(body: &[u8]) -> Option<Keys> {
 }
 
 fn usable(entry: &Value) -> Option<(String, DecodingKey)> {
-    let text = |name: &str| entry.get(name).and_then(Value::as_str);
-    let absent_or = |name: &str, value: &str| entry.get(name).is_none_or(|v| v.as_str() == Some(value));
+    let text = |name: &str| member(entry, name).and_then(Value::as_str);
+    let absent_or = |name: &str, value: &str| member(entry, name).is_none_or(|v| v.as_str() == Some(value));
     if text("kty") != Some("RSA") || !absent_or("use", "sig") || !absent_or("alg", "RS256") {
         return None;
     }
     let kid = text("kid").filter(|kid| !kid.is_empty() && kid.len() <= 256)?;
-    let modulus = URL_SAFE_NO_PAD.decode(text("n")?).ok()?;
-    let exponent = URL_SAFE_NO_PAD.decode(text("e")?).ok()?;
-    let bits = match modulus.iter().position(|byte| *byte != 0) {
-        Some(zeros) => (modulus.len() - zeros) * 8 - modulus.get(zeros)?.leading_zeros() as usize,
-        None => 0,
-    };
+    let (modulus, exponent) = (number(text("n")?)?, number(text("e")?)?);
+    let bits = modulus.len() * 8 - modulus.first()?.leading_zeros() as usize;
     let odd = |number: &[u8]| number.last().is_some_and(|byte| byte % 2 == 1);
     let sound = (2048..=8192).contains(&bits)
         && odd(&modulus)
@@ -97,8 +96,23 @@ fn usable(entry: &Value) -> Option<(String, DecodingKey)> {
     sound.then(|| (kid.to_owned(), DecodingKey::from_rsa_raw_components(&modulus, &exponent)))
 }
 
+/// A member of a key; `null` is as good as none.
+fn member<'a>(entry: &'a Value, name: &str) -> Option<&'a Value> {
+    entry.get(name).filter(|value| !value.is_null())
+}
+
+/// A number in base64url, big-endian. Zeros in front, which some libraries write to keep the sign positive, are taken
+/// off: the verifier refuses a number that has them.
+fn number(text: &str) -> Option<Vec<u8>> {
+    let bytes = NUMBER.decode(text).ok()?;
+    let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+    Some(bytes.get(zeros..)?.to_vec())
+}
+
 #[cfg(test)]
 mod tests {
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
     use super::*;
 
     const N: &str = "ngYq_pxlxLv45e14mSpULWLlJbcpyAboFKQg3im_gk_H5QYSiNCVOtlpaMJnGnetztyG8M_YJ8v5i9G2SRu7ZB3J_z-KVukaiO8dAz5jdctm2aC5jtBC4Jy2JwlKPuO15LbC47TfEasFapu9pKsLcJlujA-HQUcYhK4CG3JH-OThFH6bVDgOmGeloTrYH2ro-kY3ph4PbtDx6TlZgLjkbBLP8cugvVFwtL0tuHRpTftMYqgbFDjwHFBv-_7FAaX2igFjkLPKJtTIS_P2P7sGBBZp55mgeLro-EdPTBo9kriP3Dzh1BQ7lcz3OQEVBcj4dj-SXHsjCxmF_gREDnweGw";
@@ -171,9 +185,9 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_cut_at_thirty_two_keys() {
+    fn every_key_of_a_set_is_taken() {
         let keys: Vec<String> =
             (0..100).map(|i| format!(r#"{{"kid":"{i}","kty":"RSA","n":"{N}","e":"AQAB"}}"#)).collect();
-        assert_eq!(kids(&format!(r#"{{"keys":[{}]}}"#, keys.join(","))).unwrap().len(), KEYS);
+        assert_eq!(kids(&format!(r#"{{"keys":[{}]}}"#, keys.join(","))).unwrap().len(), 100);
     }
 }

@@ -12,7 +12,8 @@
 //! | beyond | waits for a refresh; without one there is no key |
 //!
 //! A key that is not in the set is looked for once more, unless the set came after the question, and
-//! at most once in 30 s: keys rotate, and strangers invent key ids.
+//! at most once in 30 s: keys rotate, and strangers invent key ids. The same goes, by itself, for a key that is there and did not
+//! make the signature: issuers replace keys without giving them new ids.
 
 use std::{
     collections::HashMap,
@@ -40,7 +41,7 @@ const REFRESH: Duration = Duration::from_secs(295);
 const FRESH: Duration = Duration::from_secs(300);
 /// From this age on a set is not used at all.
 const DEAD: Duration = Duration::from_secs(3600);
-/// The least time between two fetches because of an unknown key id.
+/// The least time between two fetches because of unknown key ids, and between two because of keys that do not fit.
 const COOL_DOWN: Duration = Duration::from_secs(30);
 /// The pause after a failed fetch, doubled with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -80,7 +81,9 @@ struct Fetches {
     /// When a key was last looked for.
     asked: Option<Instant>,
     /// The last fetch that was made for an unknown key id.
-    looked_again: Option<Instant>,
+    unknown: Option<Instant>,
+    /// The last one for a key that did not fit: a time of its own, or forged signatures would hide a new key.
+    misfit: Option<Instant>,
 }
 
 /// The usable keys of one issuer.
@@ -155,9 +158,26 @@ impl Jwks {
             return Ok(set);
         }
         if set.fetched <= asked {
-            self.fetch(issuer, || issuer.may_look_again()).await;
+            self.fetch(issuer, || issuer.may_look_again(|fetches| &mut fetches.unknown)).await;
         }
         issuer.set.load_full().filter(|set| set.key(kid).is_some()).ok_or(AuthError::UnknownKey)
+    }
+
+    /// The key set that replaced `seen`, fetched if need be: its key did not make the signature of a token that came at
+    /// `asked`.
+    pub(super) async fn set_after(
+        &self,
+        jwks_host: &str,
+        seen: &KeySet,
+        asked: Instant,
+    ) -> Option<Arc<KeySet>> {
+        let issuer = self.0.issuers.get(jwks_host)?;
+        let newer = || issuer.set.load_full().filter(|set| set.generation != seen.generation);
+        if newer().is_none() && seen.fetched <= asked {
+            let may = || newer().is_none() && issuer.may_look_again(|fetches| &mut fetches.misfit);
+            self.fetch(issuer, may).await;
+        }
+        newer()
     }
 
     async fn current(&self, issuer: &Issuer) -> Result<Arc<KeySet>, AuthError> {
@@ -246,14 +266,15 @@ impl Issuer {
         self.fetches().not_before.is_none_or(|at| Instant::now() >= at)
     }
 
-    /// Whether a set may be fetched again only because a key id is not in it. The cool-down starts
-    /// with the permission, so that it holds whatever comes of the fetch.
-    fn may_look_again(&self) -> bool {
+    /// Whether a set may be fetched again only because a key is not in it, or not the right one. The cool-down since the
+    /// `last` time starts with the permission, so that it holds whatever comes of the fetch.
+    fn may_look_again(&self, last: impl Fn(&mut Fetches) -> &mut Option<Instant>) -> bool {
         let may_fetch = self.may_fetch();
         let mut fetches = self.fetches();
-        let cooled = fetches.looked_again.is_none_or(|last| last.elapsed() >= COOL_DOWN);
+        let last = last(&mut fetches);
+        let cooled = last.is_none_or(|last| last.elapsed() >= COOL_DOWN);
         if may_fetch && cooled {
-            fetches.looked_again = Some(Instant::now());
+            *last = Some(Instant::now());
         }
         may_fetch && cooled
     }
@@ -341,6 +362,28 @@ mod tests {
         }
         // Not fewer either: a key that is new is found, however many invented ids are asked for meanwhile.
         assert!((1 + 2..=1 + 3).contains(&fake.fetches()), "{} fetches in a minute", fake.fetches());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_do_not_fit_cause_a_fetch_in_thirty_seconds_at_most_too() {
+        let fake = Fake::new();
+        fake.look_up("old").await.unwrap();
+        for _ in 0..600 {
+            tokio::time::advance(Duration::from_millis(100)).await;
+            let seen = fake.jwks.set_with("issuer.test", "old").await.unwrap();
+            let forged = fake.jwks.set_after("issuer.test", &seen, Instant::now()).await;
+            assert!(forged.is_none_or(|set| set.generation > seen.generation));
+        }
+        assert!((1 + 2..=1 + 3).contains(&fake.fetches()), "{} fetches in a minute", fake.fetches());
+        // None of them keeps a new key from being found.
+        fake.publish(Some(vec!["old", "new"]));
+        fake.look_up("new").await.unwrap();
+        // A set that has come since the token did is as new as can be.
+        let (asked, fetches) = (Instant::now(), fake.fetches());
+        minutes(5).await;
+        let set = fake.jwks.set_with("issuer.test", "old").await.unwrap();
+        assert!(fake.jwks.set_after("issuer.test", &set, asked).await.is_none());
+        assert_eq!(fake.fetches(), fetches + 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,6 +20,7 @@ use http::{HeaderMap, header};
 use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
 use moka::sync::Cache;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 pub use error::AuthError;
@@ -32,7 +33,7 @@ use crate::{
     tenant::{ApiKey, RefusedHost, Tenant},
 };
 use claims::Jwt;
-use jwks::Jwks;
+use jwks::{Jwks, KeySet};
 
 /// Settings `auth.*`.
 #[derive(Clone, Debug)]
@@ -219,6 +220,7 @@ impl Authenticator {
     }
 
     async fn verify_in_full(&self, token: &str) -> Result<Verified, AuthError> {
+        let asked = Instant::now();
         let jwt = Jwt::parse(token)?;
         let jwks_host = jwt.claims.jwks_host()?.ok_or(AuthError::WrongIssuer)?;
         let rules = self.0.rules.snapshot();
@@ -226,14 +228,19 @@ impl Authenticator {
             return Err(AuthError::WrongIssuer);
         }
         let kid = jwt.header.kid().ok_or(AuthError::UnknownKey)?;
-        let keys = rules.jwks.set_with(jwks_host, kid).await?;
-        let key = keys.key(kid).ok_or(AuthError::UnknownKey)?;
+        let mut keys = rules.jwks.set_with(jwks_host, kid).await?;
         if !jwt.header.is_rs256() {
             return Err(AuthError::Malformed);
         }
-        match jsonwebtoken::crypto::verify(jwt.signature, jwt.message.as_bytes(), key, Algorithm::RS256) {
-            Ok(true) => {}
-            Ok(false) | Err(_) => return Err(AuthError::WrongSignature),
+        let signed = |keys: &KeySet| {
+            let verify = |key| {
+                jsonwebtoken::crypto::verify(jwt.signature, jwt.message.as_bytes(), key, Algorithm::RS256)
+            };
+            keys.key(kid).is_some_and(|key| matches!(verify(key), Ok(true)))
+        };
+        if !signed(&keys) {
+            let newer = rules.jwks.set_after(jwks_host, &keys, asked).await;
+            keys = newer.filter(|keys| signed(keys)).ok_or(AuthError::WrongSignature)?;
         }
         let expires = jwt.claims.times(self.0.clock.unix(), LEEWAY, rules.config.require_exp)?;
         let authorized = jwt.claims.credentials().map(|(key, host)| Authorized {
@@ -462,6 +469,74 @@ mod tests {
         assert_eq!(rig.authorize(&format!("{message}.")).await.err(), Some(AuthError::WrongSignature));
         assert_eq!(rig.authorize(&good).await.err(), None);
         assert_eq!(rig.authorize(&format!("{good}==")).await.err(), Some(AuthError::Malformed));
+    }
+
+    #[tokio::test]
+    async fn keys_verify_however_their_issuer_writes_them_down() {
+        use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+        let jwk = |rig: &Rig| rig.sandbox.issuer.jwk();
+        let number = |jwk: &Value, name: &str| URL_SAFE_NO_PAD.decode(jwk[name].as_str().unwrap()).unwrap();
+        let zeros = |jwk: &Value, name: &str, count: usize| {
+            URL_SAFE_NO_PAD.encode([vec![0; count], number(jwk, name)].concat())
+        };
+        type Spell<'a> = &'a dyn Fn(&mut Value);
+        let spellings: [(&str, Spell<'_>); 6] = [
+            ("a zero before n", &|jwk| jwk["n"] = zeros(jwk, "n", 1).into()),
+            ("zeros before e", &|jwk| jwk["e"] = zeros(jwk, "e", 9).into()),
+            ("padded n", &|jwk| jwk["n"] = format!("{}==", jwk["n"].as_str().unwrap()).into()),
+            ("a zero before a padded n", &|jwk| jwk["n"] = format!("{}=", zeros(jwk, "n", 1)).into()),
+            ("padded e", &|jwk| jwk["e"] = format!("{}==", zeros(jwk, "e", 1)).into()),
+            ("null members", &|jwk| {
+                for name in ["use", "alg", "x5c", "key_ops"] {
+                    jwk[name] = Value::Null;
+                }
+            }),
+        ];
+        for (name, spell) in spellings {
+            let rig = rig().await;
+            let mut spelled = jwk(&rig);
+            spell(&mut spelled);
+            let document = json!({"keys": [spelled]}).to_string();
+            rig.sandbox.issuer.respond_with(IssuerBehaviour::Body(document));
+            assert!(rig.authorize(&rig.sandbox.token(AUDIENCE)).await.is_ok(), "{name}");
+        }
+
+        let rig = rig().await;
+        let others = (0..100).map(|i| {
+            let mut other = jwk(&rig);
+            other["kid"] = format!("other-{i}").into();
+            other
+        });
+        let all: Vec<Value> = others.chain([jwk(&rig)]).collect();
+        rig.sandbox.issuer.respond_with(IssuerBehaviour::Body(json!({ "keys": all }).to_string()));
+        assert!(rig.authorize(&rig.sandbox.token(AUDIENCE)).await.is_ok(), "the last of 101 keys");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_is_replaced_under_its_id_is_found_and_the_old_one_is_dead() {
+        let (rig, successor) = (rig().await, Sandbox::start(sandbox::Options::default()).await.unwrap());
+        let kid = rig.sandbox.issuer.kid();
+        let old = rig.sandbox.token(AUDIENCE);
+        rig.authorize(&old).await.unwrap();
+        let mut jwk = successor.issuer.jwk();
+        jwk["kid"] = kid.clone().into();
+        rig.sandbox.issuer.respond_with(IssuerBehaviour::Body(json!({ "keys": [jwk] }).to_string()));
+        let header = json!({"alg": "RS256", "kid": kid});
+        let new = successor.issuer.mint_with(header.clone(), &rig.claims(&[]));
+        assert!(rig.authorize(&new).await.is_ok(), "the next token finds the new key");
+        assert_eq!(rig.authorize(&old).await.err(), Some(AuthError::WrongSignature));
+        assert_eq!(rig.sandbox.issuer.fetches(), 2);
+
+        let stranger = Sandbox::start(sandbox::Options::default()).await.unwrap();
+        for number in 0..50 {
+            let forged = stranger.issuer.mint_with(header.clone(), &rig.claims(&[("n", json!(number))]));
+            assert_eq!(rig.authorize(&forged).await.err(), Some(AuthError::WrongSignature));
+        }
+        assert_eq!(
+            rig.sandbox.issuer.fetches(),
+            2,
+            "forged signatures cost a fetch in thirty seconds at most"
+        );
     }
 
     #[tokio::test]

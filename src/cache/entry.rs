@@ -5,7 +5,7 @@
 //!
 //! | bytes | content |
 //! |---|---|
-//! | 2 | `R1`, the form's own version |
+//! | 2 | `R2`, the form's own version |
 //! | 16 | the entry's version in hexadecimal, which scripts compare |
 //! | 1 | 0 as it is, 1 sealed |
 //! | 4 + 12 | sealed: which key, and the nonce |
@@ -23,13 +23,11 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::Instant;
 
 use super::{policy::Lifetime, reads::Reads, tier::Key};
-use crate::{
-    metrics::{Rejection, Resource},
-    tenant::TenantId,
-};
+use crate::{cyberscan::RecordType, metrics::Rejection, tenant::TenantId};
 
-/// The form's own version.
-const MAGIC: &[u8; 2] = b"R1";
+/// The form's own version. It also changes when answers are read otherwise: what was kept of `R1` may be "not known"
+/// because a proxy said 404.
+const MAGIC: &[u8; 2] = b"R2";
 /// Magic and version.
 const HEAD: usize = 2 + 16;
 const CHECKSUM: usize = 8;
@@ -64,7 +62,7 @@ pub(super) struct Kept {
     /// The moment the fetch began, on this process's clock.
     pub(super) born: Instant,
     pub(super) tenant: TenantId,
-    pub(super) resource: Resource,
+    pub(super) record_type: RecordType,
     /// Bytes it occupies, all in all.
     pub(super) weight: u32,
     pub(super) reads: Arc<Reads>,
@@ -85,7 +83,7 @@ impl<T: Send + Sync + 'static> Entry<T> {
             lifetime: self.lifetime,
             born,
             tenant: key.tenant,
-            resource: key.resource,
+            record_type: key.record_type,
             reads: Arc::default(),
             weight: u32::try_from(weight + SLOT).unwrap_or(u32::MAX),
         }

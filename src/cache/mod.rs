@@ -54,12 +54,12 @@ use crate::{
     clock::Clock,
     ctim::{DomainName, Subject},
     cyberscan::{
-        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Priority, Purpose, QuotaUse, Record,
-        Vulnerabilities, tick,
+        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Preload, Priority, Record, RecordType,
+        Vulnerabilities, Wanted, tick,
     },
     flight::Flights,
     live::Live,
-    metrics::{Flight, Label, Metrics, Outcome, Resource, Tier},
+    metrics::{Flight, Label, Metrics, Outcome, Tier},
     redis_pool::Unavailable,
     tenant::TenantId,
     trace::{self, Stage},
@@ -160,7 +160,7 @@ impl<P, T> Clone for Cached<P, T> {
 
 /// A kind of record that is kept.
 trait Kind: Serialize + DeserializeOwned + Send + Sync + Sized + 'static {
-    const RESOURCE: Resource;
+    const TYPE: RecordType;
     type Subject: Clone + ToString + Send + Sync + 'static;
 
     fn policy(config: &Config) -> &Policy;
@@ -179,7 +179,7 @@ trait Kind: Serialize + DeserializeOwned + Send + Sync + Sized + 'static {
 }
 
 impl Kind for DomainRecord {
-    const RESOURCE: Resource = Resource::Domain;
+    const TYPE: RecordType = RecordType::Domain;
     type Subject = DomainName;
 
     fn policy(config: &Config) -> &Policy {
@@ -208,7 +208,7 @@ impl Kind for DomainRecord {
 }
 
 impl Kind for HostRecord {
-    const RESOURCE: Resource = Resource::Host;
+    const TYPE: RecordType = RecordType::Host;
     type Subject = IpAddr;
 
     fn policy(config: &Config) -> &Policy {
@@ -233,7 +233,7 @@ impl Kind for HostRecord {
 }
 
 impl Kind for Vulnerabilities {
-    const RESOURCE: Resource = Resource::Vulnerabilities;
+    const TYPE: RecordType = RecordType::Vulnerabilities;
     type Subject = IpAddr;
 
     fn policy(config: &Config) -> &Policy {
@@ -276,10 +276,10 @@ struct Life(Live<Config>);
 impl Expiry<Name, Kept> for Life {
     fn expire_after_create(&self, _: &Name, kept: &Kept, _: std::time::Instant) -> Option<Duration> {
         let config = self.0.get();
-        let policy = match kept.resource {
-            Resource::Domain => &config.domain,
-            Resource::Host => &config.host,
-            Resource::Vulnerabilities => &config.vulnerabilities,
+        let policy = match kept.record_type {
+            RecordType::Domain => &config.domain,
+            RecordType::Host => &config.host,
+            RecordType::Vulnerabilities => &config.vulnerabilities,
         };
         Some(policy.life(kept.lifetime).saturating_sub(kept.born.elapsed()))
     }
@@ -363,7 +363,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
 
     /// An answer as the table above says.
     async fn look_up<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Answer<K>, Error> {
-        let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
+        let key = Key::new(&call.tenant, K::TYPE, &subject.to_string());
         let (kept, freshness, source) = match self.in_memory::<K>(&key) {
             Some((kept, freshness)) => {
                 let source = self.count_memory::<K>(call, &kept, freshness);
@@ -780,7 +780,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     fn count<K: Kind>(&self, tier: Tier, outcome: Outcome) {
-        self.0.metrics.cache_lookups.inc((K::RESOURCE, tier, outcome));
+        self.0.metrics.cache_lookups.inc((K::TYPE.label(), tier, outcome));
     }
 }
 
@@ -788,7 +788,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
 fn traced<K: Kind>(
     filling: impl Future<Output = Result<Filled, Error>>,
 ) -> impl Future<Output = Result<Filled, Error>> {
-    trace::stage(Stage::LookUp(K::RESOURCE), filling, |outcome, facts| match outcome {
+    trace::stage(Stage::LookUp(K::TYPE.label()), filling, |outcome, facts| match outcome {
         Ok(filled) => {
             let tier = if filled.adopted { Tier::Redis } else { Tier::Upstream };
             facts.text("relay.tier", tier.as_str());
@@ -886,14 +886,15 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// # Errors
     /// [`Unavailable`] when the other replicas could not be told; this one has forgotten.
     pub async fn purge_subject(&self, subject: &Subject) -> Result<(), Unavailable> {
-        let (resources, subject): (&[Resource], String) = match subject {
-            Subject::Domain(domain) => (&[Resource::Domain], domain.to_string()),
-            Subject::Ip(ip) => (&[Resource::Host, Resource::Vulnerabilities], ip.to_string()),
+        let (types, subject): (&[RecordType], String) = match subject {
+            Subject::Domain(domain) => (&[RecordType::Domain], domain.to_string()),
+            Subject::Ip(ip) => (&[RecordType::Host, RecordType::Vulnerabilities], ip.to_string()),
         };
         let mut told = Ok(());
         for (tenant, _) in &self.0.accepted {
-            for resource in resources {
-                told = told.and(self.purge(Scope::Answer(Key::of(*tenant, *resource, &subject).name)).await);
+            for record_type in types {
+                told =
+                    told.and(self.purge(Scope::Answer(Key::of(*tenant, *record_type, &subject).name)).await);
             }
         }
         told
@@ -906,19 +907,19 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     pub async fn renew_ahead(
         &self,
         call: &Call,
-        resource: Resource,
+        record_type: RecordType,
         subject: &Subject,
     ) -> Result<Renewed, Error> {
-        match (resource, subject) {
-            (Resource::Domain, Subject::Domain(domain)) => self.ahead::<DomainRecord>(call, domain).await,
-            (Resource::Host, Subject::Ip(ip)) => self.ahead::<HostRecord>(call, ip).await,
-            (Resource::Vulnerabilities, Subject::Ip(ip)) => self.ahead::<Vulnerabilities>(call, ip).await,
+        match (record_type, subject) {
+            (RecordType::Domain, Subject::Domain(domain)) => self.ahead::<DomainRecord>(call, domain).await,
+            (RecordType::Host, Subject::Ip(ip)) => self.ahead::<HostRecord>(call, ip).await,
+            (RecordType::Vulnerabilities, Subject::Ip(ip)) => self.ahead::<Vulnerabilities>(call, ip).await,
             _ => Err(Error::Lost),
         }
     }
 
     async fn ahead<K: Kind>(&self, call: &Call, subject: &K::Subject) -> Result<Renewed, Error> {
-        let key = Key::new(&call.tenant, K::RESOURCE, &subject.to_string());
+        let key = Key::new(&call.tenant, K::TYPE, &subject.to_string());
         let renewed = |kept: &Kept, asked| Renewed {
             asked,
             expires_in: (!kept.lifetime.negative).then(|| kept.lifetime.fresh.saturating_sub(kept.age())),
@@ -939,10 +940,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     /// Brings what Redis has of these answers into memory, a hundred in a round trip.
-    pub async fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) {
+    pub async fn warm(&self, tenant: TenantId, answers: &[(RecordType, Subject)]) {
         for some in answers.chunks(100) {
             let keys =
-                some.iter().map(|(resource, subject)| Key::of(tenant, *resource, &subject.to_string()));
+                some.iter().map(|(record_type, subject)| Key::of(tenant, *record_type, &subject.to_string()));
             self.bring(keys.collect(), false).await;
         }
     }
@@ -1027,16 +1028,16 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let Ok(values) = shared.read(&keys).await else { return };
         for (key, value) in keys.iter().zip(values) {
             let Some(value) = value else { continue };
-            let kept = match key.resource {
-                Resource::Domain => self.adopt::<DomainRecord>(key, &value),
-                Resource::Host => self.adopt::<HostRecord>(key, &value),
-                Resource::Vulnerabilities => self.adopt::<Vulnerabilities>(key, &value),
+            let kept = match key.record_type {
+                RecordType::Domain => self.adopt::<DomainRecord>(key, &value),
+                RecordType::Host => self.adopt::<HostRecord>(key, &value),
+                RecordType::Vulnerabilities => self.adopt::<Vulnerabilities>(key, &value),
             };
             if let Some(kept) = kept
                 && for_a_look_up
             {
                 kept.reads.unread.store(true, Ordering::Relaxed);
-                self.0.metrics.cache_lookups.inc((key.resource, Tier::Memory, Outcome::Miss));
+                self.0.metrics.cache_lookups.inc((key.record_type.label(), Tier::Memory, Outcome::Miss));
             }
         }
     }
@@ -1061,33 +1062,6 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
         }
     }
 
-    async fn announce(&self, call: &Call, subjects: &[Subject], purpose: Purpose) {
-        if self.0.shared.is_none() {
-            return;
-        }
-        let key = |resource, subject: &dyn ToString| Key::new(&call.tenant, resource, &subject.to_string());
-        let first = subjects.iter().map(|subject| match (subject, purpose) {
-            (Subject::Domain(domain), _) => key(Resource::Domain, domain),
-            (Subject::Ip(ip), Purpose::Sightings) => key(Resource::Vulnerabilities, ip),
-            (Subject::Ip(ip), Purpose::References) => key(Resource::Host, ip),
-        });
-        Box::pin(self.read_ahead(first.collect())).await;
-        if purpose == Purpose::Sightings {
-            let addresses = subjects.iter().filter_map(|subject| match subject {
-                Subject::Domain(domain) => {
-                    let (kept, _) = self.in_memory::<DomainRecord>(&key(Resource::Domain, domain))?;
-                    Some(key(Resource::Vulnerabilities, &kept.entry::<DomainRecord>()?.record?.ip?))
-                }
-                Subject::Ip(_) => None,
-            });
-            Box::pin(self.read_ahead(addresses.collect())).await;
-        }
-    }
-
-    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
-        self.0.next.quotas(call).await
-    }
-
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
         self.look_up(call, domain).await
     }
@@ -1099,9 +1073,36 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
     async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
         self.look_up(call, &ip).await
     }
+}
 
-    fn known_host(&self, call: &Call, ip: IpAddr) -> Option<Arc<HostRecord>> {
-        let key = Key::new(&call.tenant, Resource::Host, &ip.to_string());
-        self.in_memory::<HostRecord>(&key)?.0.entry::<HostRecord>()?.record
+impl<P: CyberScan, T: SharedTier> Preload for Cached<P, T> {
+    /// One round trip to Redis for all of a request, two where domains lead to addresses.
+    async fn preload(&self, call: &Call, subjects: &[Subject], wanted: Wanted) {
+        if self.0.shared.is_none() {
+            return;
+        }
+        let key =
+            |record_type, subject: &dyn ToString| Key::new(&call.tenant, record_type, &subject.to_string());
+        let mut first = Vec::with_capacity(subjects.len());
+        for subject in subjects {
+            match subject {
+                Subject::Domain(domain) => first.push(key(RecordType::Domain, domain)),
+                Subject::Ip(ip) => {
+                    first.extend(wanted.vulnerabilities.then(|| key(RecordType::Vulnerabilities, ip)));
+                    first.extend(wanted.hosts.then(|| key(RecordType::Host, ip)));
+                }
+            }
+        }
+        Box::pin(self.read_ahead(first)).await;
+        if wanted.vulnerabilities {
+            let addresses = subjects.iter().filter_map(|subject| match subject {
+                Subject::Domain(domain) => {
+                    let (kept, _) = self.in_memory::<DomainRecord>(&key(RecordType::Domain, domain))?;
+                    Some(key(RecordType::Vulnerabilities, &kept.entry::<DomainRecord>()?.record?.ip?))
+                }
+                Subject::Ip(_) => None,
+            });
+            Box::pin(self.read_ahead(addresses.collect())).await;
+        }
     }
 }

@@ -641,7 +641,7 @@ mod tests {
                 "api.example.com".parse().unwrap(),
                 crate::tenant::ApiKey::new("key".into()),
             );
-            let key = Key::new(&tenant, crate::metrics::Resource::Host, &number.to_string());
+            let key = Key::new(&tenant, crate::cyberscan::RecordType::Host, &number.to_string());
             tier.postpone(Pending { key: key.clone(), value: Vec::new(), version, until: Instant::now() });
             key.name
         };

@@ -24,6 +24,7 @@ use crate::{
     tenant::{ApiKey, Tenant},
 };
 
+const HOSTS: Wanted = Wanted { hosts: true, vulnerabilities: false };
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -324,7 +325,7 @@ async fn who_found_nothing_just_before_a_fill_ended_does_not_ask_again() {
     let fake = Fake::default();
     let stage = stage(&fake);
     let (call, subject) = (call(), ip(1));
-    let key = Key::new(&call.tenant, Resource::Host, &subject.to_string());
+    let key = Key::new(&call.tenant, RecordType::Host, &subject.to_string());
     let fill = async |version| {
         let filled = stage.fill_by::<HostRecord>(&key, &call, &subject, version, call.deadline).await;
         filled.map(|filled| filled.kept.version)
@@ -507,28 +508,28 @@ async fn an_answer_passes_through_every_state_of_its_life() {
 #[tokio::test(start_paused = true)]
 async fn what_is_renewed_ahead_costs_one_call_in_half_a_life() {
     let about = [
-        (Resource::Domain, Subject::Domain(DomainName::parse("example.com").unwrap())),
-        (Resource::Host, Subject::Ip(ip(1))),
-        (Resource::Vulnerabilities, Subject::Ip(ip(1))),
+        (RecordType::Domain, Subject::Domain(DomainName::parse("example.com").unwrap())),
+        (RecordType::Host, Subject::Ip(ip(1))),
+        (RecordType::Vulnerabilities, Subject::Ip(ip(1))),
     ];
     let fake = Fake::default();
     let stage = stage(&fake);
-    for (resource, subject) in &about {
+    for (record_type, subject) in &about {
         let calls = fake.calls();
         let ahead = || Call { priority: Priority::Prefetch, ..call() };
-        let renew = async || stage.renew_ahead(&ahead(), *resource, subject).await.unwrap();
+        let renew = async || stage.renew_ahead(&ahead(), *record_type, subject).await.unwrap();
         let Renewed { asked: true, expires_in: Some(expires_in), life } = renew().await else {
-            panic!("{resource:?}: nobody was asked")
+            panic!("{record_type:?}: nobody was asked")
         };
-        assert!(life - expires_in < SECOND, "{resource:?}: {expires_in:?} of {life:?}");
+        assert!(life - expires_in < SECOND, "{record_type:?}: {expires_in:?} of {life:?}");
         advance(life / 2 - SECOND).await;
-        assert!(!renew().await.asked, "{resource:?}: it is young");
+        assert!(!renew().await.asked, "{record_type:?}: it is young");
         advance(SECOND).await;
-        assert!(renew().await.asked, "{resource:?}: half its life is over");
+        assert!(renew().await.asked, "{record_type:?}: half its life is over");
         assert_eq!(fake.calls(), calls + 2);
     }
     // What cannot be asked is no answer.
-    let nonsense = stage.renew_ahead(&call(), Resource::Domain, &about[1].1).await;
+    let nonsense = stage.renew_ahead(&call(), RecordType::Domain, &about[1].1).await;
     assert_eq!(nonsense, Err(Error::Lost));
 }
 
@@ -780,7 +781,7 @@ async fn a_value_as_old_as_a_purge_is_not_taken_from_redis() {
     let stages = [world.replica(), world.replica()].map(|tier| stage_with(&fake, config(), Some(tier)));
     stages[0].host(&call(), ip(1)).await.unwrap();
     settle().await;
-    let key = Key::new(&call().tenant, Resource::Host, &ip(1).to_string());
+    let key = Key::new(&call().tenant, RecordType::Host, &ip(1).to_string());
     let (version, ..) = world.state.lock().unwrap().values[&key.name];
     let of = |version| Event::Purged { scope: Scope::Tenant(call().tenant.id().label()), version };
     stages[1].hear(of(version - 1));
@@ -864,11 +865,12 @@ async fn look_ups_are_counted_once_in_every_tier_they_reach() {
     let second = stage_with(&fake, config(), Some(world.replica()));
     first.host(&call(), ip(1)).await.unwrap();
     settle().await;
-    second.announce(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], Purpose::References).await;
+    second.preload(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], HOSTS).await;
     second.host(&call(), ip(1)).await.unwrap();
     second.host(&call(), ip(1)).await.unwrap();
     second.host(&call(), ip(2)).await.unwrap();
-    let counted = |tier, outcome| second.0.metrics.cache_lookups.get((Resource::Host, tier, outcome));
+    let counted =
+        |tier, outcome| second.0.metrics.cache_lookups.get((RecordType::Host.label(), tier, outcome));
     assert_eq!((counted(Tier::Memory, Outcome::Miss), counted(Tier::Memory, Outcome::Fresh)), (2, 1));
     assert_eq!((counted(Tier::Redis, Outcome::Fresh), counted(Tier::Redis, Outcome::Miss)), (1, 1));
     assert_eq!(counted(Tier::Upstream, Outcome::Fresh), 1);
@@ -918,7 +920,7 @@ async fn a_failure_is_told_to_replicas_that_wait_for_it() {
 async fn a_replica_that_dies_while_it_fetches_costs_its_lease_and_nothing_else() {
     let (fake, world) = (Fake::default(), World::new());
     let dead = world.replica();
-    let key = Key::new(&call().tenant, Resource::Host, &ip(1).to_string());
+    let key = Key::new(&call().tenant, RecordType::Host, &ip(1).to_string());
     assert!(matches!(dead.claim(&key, 0, 16 * SECOND).await, Ok(Claim::Leader(_))));
     let alive = stage_with(&fake, Config { fill_timeout: 18 * SECOND, ..config() }, Some(world.replica()));
     let asked = Instant::now();
@@ -975,7 +977,7 @@ async fn what_was_fetched_while_another_replica_purged_it_is_not_shared() {
     fake.takes(SECOND);
     let (answer, ()) = tokio::join!(async { stages[1].host(&call(), ip(1)).await }, async {
         sleep(SECOND / 2).await;
-        let Key { name, .. } = Key::new(&call().tenant, Resource::Host, &ip(1).to_string());
+        let Key { name, .. } = Key::new(&call().tenant, RecordType::Host, &ip(1).to_string());
         stages[0].purge(Scope::Answer(name)).await.unwrap();
     });
     assert!(answer.is_ok());
@@ -1040,14 +1042,14 @@ async fn without_the_shared_tier_the_stage_goes_on_alone() {
     let stage = stage_with(&fake, config(), Some(tier.clone()));
     stage.host(&call(), ip(1)).await.unwrap();
     tier.cut.store(true, Ordering::Relaxed);
-    stage.announce(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], Purpose::References).await;
+    stage.preload(&call(), &[Subject::Ip(ip(1)), Subject::Ip(ip(2))], HOSTS).await;
     stage.host(&call(), ip(1)).await.unwrap();
     stage.host(&call(), ip(2)).await.unwrap();
     assert_eq!(fake.calls(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_announced_is_read_in_one_round_trip_and_domains_in_two() {
+async fn what_a_request_will_ask_is_read_in_one_round_trip_and_domains_in_two() {
     let (fake, world) = (Fake::default(), World::new());
     let writer = stage_with(&fake, config(), Some(world.replica()));
     let domains: Vec<Subject> =
@@ -1056,16 +1058,34 @@ async fn what_is_announced_is_read_in_one_round_trip_and_domains_in_two() {
     for subject in domains.iter().chain(&addresses) {
         match subject {
             Subject::Domain(domain) => drop(writer.domain(&call(), domain).await.unwrap()),
-            Subject::Ip(ip) => drop(writer.vulnerabilities(&call(), *ip).await.unwrap()),
+            Subject::Ip(ip) => {
+                writer.vulnerabilities(&call(), *ip).await.unwrap();
+                writer.host(&call(), *ip).await.unwrap();
+            }
         }
     }
     settle().await;
-    let reads = || world.state.lock().unwrap().reads;
-    for (subjects, round_trips) in [(&addresses, 1), (&domains, 2)] {
+    let (reads, calls) = (|| world.state.lock().unwrap().reads, fake.calls());
+    let vulnerabilities = Wanted { hosts: false, vulnerabilities: true };
+    let both = Wanted { hosts: true, vulnerabilities: true };
+    for (subjects, wanted, round_trips) in [
+        (&addresses, vulnerabilities, 1),
+        (&addresses, both, 1),
+        (&domains, vulnerabilities, 2),
+        (&domains, HOSTS, 1),
+    ] {
         let reader = stage_with(&fake, config(), Some(world.replica()));
         let before = reads();
-        reader.announce(&call(), subjects, Purpose::Sightings).await;
+        reader.preload(&call(), subjects, wanted).await;
         assert_eq!(reads() - before, round_trips);
+        for subject in subjects {
+            match subject {
+                Subject::Domain(domain) => drop(reader.domain(&call(), domain).await.unwrap()),
+                Subject::Ip(ip) if wanted.hosts => drop(reader.host(&call(), *ip).await.unwrap()),
+                Subject::Ip(ip) => drop(reader.vulnerabilities(&call(), *ip).await.unwrap()),
+            }
+        }
+        assert_eq!((reads() - before, fake.calls()), (round_trips, calls));
     }
 }
 
@@ -1163,10 +1183,10 @@ async fn keeps_the_promises_of_a_shared_tier<T: SharedTier>(a: T, b: T) {
     let wait = async || sleep(SECOND / 4).await;
     wait().await;
 
-    let key = |subject: &str| Key::new(&call().tenant, Resource::Host, subject);
+    let key = |subject: &str| Key::new(&call().tenant, RecordType::Host, subject);
     let (lease, life) = (2 * SECOND, HOUR);
     let value =
-        |version: u64, text: &str| [b"R1", entry::version_text(version).as_bytes(), text.as_bytes()].concat();
+        |version: u64, text: &str| [b"R2", entry::version_text(version).as_bytes(), text.as_bytes()].concat();
 
     // Nothing there: one leads, the other follows and is told.
     assert_eq!(a.read(&[key("x"), key("y")]).await.unwrap(), [None, None]);

@@ -12,8 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::Clock,
-    cyberscan::Error,
-    metrics::{Label, Resource},
+    cyberscan::{Error, RecordType},
     redis_pool::Unavailable,
     tenant::{Tenant, TenantId},
 };
@@ -70,27 +69,27 @@ pub type Name = [u8; 16];
 /// The name of an answer, and what it is an answer to.
 #[derive(Clone, Debug)]
 pub struct Key {
-    /// Of what kind it is.
-    pub resource: Resource,
+    /// Of what type it is.
+    pub record_type: RecordType,
     /// Whose it is.
     pub tenant: TenantId,
-    /// Derived from the tenant, the resource and the subject.
+    /// Derived from the tenant, the record type and the subject.
     pub name: Name,
 }
 
 impl Key {
     /// The key of the answer about `subject`, in its canonical spelling.
     #[must_use]
-    pub fn new(tenant: &Tenant, resource: Resource, subject: &str) -> Self {
-        let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
-        Self { resource, tenant: tenant.id(), name }
+    pub fn new(tenant: &Tenant, record_type: RecordType, subject: &str) -> Self {
+        let name = tenant.derive("cache", &[record_type.key_part().as_bytes(), subject.as_bytes()]);
+        Self { record_type, tenant: tenant.id(), name }
     }
 
     /// The same for a tenant of whom no more than the identity is at hand.
     #[must_use]
-    pub fn of(tenant: TenantId, resource: Resource, subject: &str) -> Self {
-        let name = tenant.derive("cache", &[resource.as_str().as_bytes(), subject.as_bytes()]);
-        Self { resource, tenant, name }
+    pub fn of(tenant: TenantId, record_type: RecordType, subject: &str) -> Self {
+        let name = tenant.derive("cache", &[record_type.key_part().as_bytes(), subject.as_bytes()]);
+        Self { record_type, tenant, name }
     }
 }
 

@@ -37,10 +37,51 @@ pub struct ErrorItem {
     /// How bad it is.
     #[serde(rename = "type")]
     pub severity: Severity,
-    /// The class of the cause, in words runbooks know.
-    pub code: &'static str,
+    /// The class of the cause.
+    pub code: ErrorCode,
     /// What happened, for a person.
     pub message: String,
+}
+
+/// The classes of causes, in words runbooks know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum ErrorCode {
+    /// The caller is not authorized.
+    #[serde(rename = "authorization error")]
+    Authorization,
+    /// The request is malformed.
+    #[serde(rename = "invalid argument")]
+    InvalidArgument,
+    /// `GET /watchdog` without its header.
+    #[serde(rename = "health check failed")]
+    HealthCheck,
+    /// No connection to CyberScan.
+    #[serde(rename = "connection error")]
+    Connection,
+    /// A certificate that is not accepted; the original relay's word for it.
+    #[serde(rename = "unknown")]
+    Untrusted,
+    /// A quota is used up, or the relay is busy.
+    #[serde(rename = "too many requests")]
+    TooManyRequests,
+    /// CyberScan is in trouble.
+    #[serde(rename = "service unavailable")]
+    Unavailable,
+    /// CyberScan was too slow.
+    #[serde(rename = "request timeout")]
+    Timeout,
+    /// CyberScan, or something in front of it, answered what is not its format.
+    #[serde(rename = "unexpected response")]
+    Unexpected,
+    /// A bug of ours.
+    #[serde(rename = "internal error")]
+    Internal,
+    /// A warning: the answer is old.
+    #[serde(rename = "stale data")]
+    Stale,
+    /// A warning: the answer is cut short.
+    #[serde(rename = "too-many-messages-warning")]
+    LeftOut,
 }
 
 /// How bad an error is.

@@ -1,13 +1,15 @@
-//! The platform's vocabulary (CTIM 1.1.11): what comes in ([`observable`]), what goes out
+//! The platform's vocabulary (CTIM 1.1.11): what comes in ([`observable`], [`address`]), what goes out
 //! ([`sighting`], [`mod@reference`]) and the envelope around it ([`envelope`]). It must not know where
 //! the data comes from.
 
+pub mod address;
 pub mod envelope;
 pub mod observable;
 pub mod reference;
 pub mod sighting;
 
-pub use envelope::{Envelope, ErrorItem, Severity as ErrorSeverity};
+pub use address::is_private;
+pub use envelope::{Envelope, ErrorCode, ErrorItem, Severity as ErrorSeverity};
 pub use observable::{DomainName, Observable, Subject};
 pub use reference::Reference;
 pub use sighting::Sighting;

@@ -9,6 +9,7 @@ use serde::Serialize;
 /// An observable that can be answered, as it was asked and as it is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Observable {
+    kind: &'static str,
     value: String,
     subject: Subject,
 }
@@ -16,7 +17,7 @@ pub struct Observable {
 /// What an observable stands for, in its canonical spelling.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Subject {
-    /// An IPv4 or IPv6 address.
+    /// An IPv4 or IPv6 address; never an IPv4 address that is written as an IPv6 one.
     Ip(IpAddr),
     /// A domain name.
     Domain(DomainName),
@@ -26,7 +27,12 @@ impl Subject {
     /// What `text` spells: an address or a domain name.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        text.parse().map(Self::Ip).ok().or_else(|| DomainName::parse(text).map(Self::Domain))
+        Self::ip(text).or_else(|| DomainName::parse(text).map(Self::Domain))
+    }
+
+    /// The address that `text` spells; `::ffff:192.0.2.1` is 192.0.2.1 (RFC 4291 §2.5.5.2).
+    fn ip(text: &str) -> Option<Self> {
+        text.parse().ok().map(|ip: IpAddr| Self::Ip(ip.to_canonical()))
     }
 }
 
@@ -41,24 +47,23 @@ impl fmt::Display for Subject {
 
 impl Observable {
     /// The observable of type `kind` and value `value`; `None` when it is of another type than
-    /// `ip` and `domain`, or is no address and no domain name.
+    /// `ip`, `ipv6` and `domain`, or is no address and no domain name. Either type of an address takes either
+    /// version: the platform's own sources do not agree on what `ip` covers.
     #[must_use]
     pub fn new(kind: &str, value: &str) -> Option<Self> {
-        let subject = match kind {
-            "ip" => Subject::Ip(value.parse().ok()?),
-            "domain" => Subject::Domain(DomainName::parse(value)?),
+        let (kind, subject) = match kind {
+            "ip" => ("ip", Subject::ip(value)?),
+            "ipv6" => ("ipv6", Subject::ip(value)?),
+            "domain" => ("domain", Subject::Domain(DomainName::parse(value)?)),
             _ => return None,
         };
-        Some(Self { value: value.to_owned(), subject })
+        Some(Self { kind, value: value.to_owned(), subject })
     }
 
-    /// The type, as the platform names it.
+    /// The type, as it was asked.
     #[must_use]
     pub fn kind(&self) -> &'static str {
-        match self.subject {
-            Subject::Ip(_) => "ip",
-            Subject::Domain(_) => "domain",
-        }
+        self.kind
     }
 
     /// The value, spelt as it was asked.
@@ -76,7 +81,7 @@ impl Observable {
     /// The observable as it stands in an answer.
     #[must_use]
     pub fn tag(&self) -> Tag<'_> {
-        Tag { kind: self.kind(), value: &self.value }
+        Tag { kind: self.kind, value: &self.value }
     }
 }
 
@@ -156,7 +161,11 @@ mod tests {
         for (kind, value, canonical) in [
             ("ip", "192.0.2.1", "192.0.2.1"),
             ("ip", "2001:DB8:0:0::1", "2001:db8::1"),
-            ("ip", "::ffff:192.0.2.1", "::ffff:192.0.2.1"),
+            ("ip", "::ffff:192.0.2.1", "192.0.2.1"),
+            ("ip", "::FFFF:c000:201", "192.0.2.1"),
+            ("ipv6", "2001:DB8::5", "2001:db8::5"),
+            ("ipv6", "::ffff:192.0.2.1", "192.0.2.1"),
+            ("ipv6", "192.0.2.1", "192.0.2.1"),
             ("domain", "One.Example", "one.example"),
             ("domain", "one.example.", "one.example"),
             ("domain", "bücher.example", "xn--bcher-kva.example"),
@@ -165,7 +174,8 @@ mod tests {
             ("domain", "3.example", "3.example"),
         ] {
             assert_eq!(subject(kind, value).as_deref(), Some(canonical), "{value}");
-            assert_eq!(Observable::new(kind, value).unwrap().value(), value);
+            let tag = Observable::new(kind, value).unwrap();
+            assert_eq!((tag.kind(), tag.value()), (kind, value));
         }
     }
 
@@ -177,7 +187,9 @@ mod tests {
             ("sha256", "deadbeef"),
             ("url", "https://one.example/"),
             ("", "192.0.2.1"),
-            ("ipv6", "::1"),
+            ("ipv6", "one.example"),
+            ("IPv6", "::1"),
+            ("ipv4", "192.0.2.1"),
             ("ip", ""),
             ("ip", " 192.0.2.1"),
             ("ip", "192.0.2.1 "),

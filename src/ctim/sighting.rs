@@ -222,7 +222,7 @@ struct Address {
 
 impl Address {
     fn new(value: IpAddr) -> Self {
-        Self { kind: "ip", value }
+        Self { kind: if value.is_ipv6() { "ipv6" } else { "ip" }, value }
     }
 }
 

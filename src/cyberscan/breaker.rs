@@ -6,12 +6,9 @@ use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
-use super::{
-    Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Purpose, QuotaUse, Vulnerabilities,
-    circuit::Circuit,
-};
+use super::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Vulnerabilities, circuit::Circuit};
 use crate::{
-    ctim::{DomainName, Subject},
+    ctim::DomainName,
     egress::Host,
     metrics::{BreakerState, Label, Metrics},
 };
@@ -78,14 +75,6 @@ fn says_trouble(error: &Error) -> bool {
 impl<P: CyberScan + Clone> CyberScan for Breaker<P> {
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
         self.guard(call, self.next.authenticate(call)).await
-    }
-
-    async fn announce(&self, call: &Call, subjects: &[Subject], purpose: Purpose) {
-        self.next.announce(call, subjects, purpose).await;
-    }
-
-    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
-        self.next.quotas(call).await
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {

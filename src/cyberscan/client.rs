@@ -5,6 +5,7 @@
 //! `GET vulnerabilities/ip/…` under `/api/v1/`).
 
 use std::{
+    collections::HashMap,
     future::Future,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -13,14 +14,14 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use jiff::{Timestamp, fmt::rfc2822};
+use jiff::fmt::rfc2822;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, QuotaUse, Record,
+    Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, Record,
     Vulnerabilities,
     model::{Malformed, object},
     token::{AccessToken, AccessTokens},
@@ -28,7 +29,7 @@ use super::{
 use crate::{
     chance::chance,
     clock::Clock,
-    ctim::DomainName,
+    ctim::{DomainName, is_private},
     egress::{self, HostPatterns, Http, Reply, Transport},
     live::Live,
     metrics::{Decision, Label, Metrics, UpstreamCall, UpstreamOutcome},
@@ -44,6 +45,8 @@ pub struct Config {
     pub timeout: Duration,
     /// `cyberscan.retries`: how often a request that failed on its way is sent again at most.
     pub retries: u32,
+    /// `cyberscan.private_addresses`: whether addresses that are nobody's on the internet are looked up.
+    pub private_addresses: bool,
     /// `auth.revalidate`: how long a key counts as accepted without asking again.
     pub revalidate: Duration,
 }
@@ -96,6 +99,8 @@ struct Request {
     path: String,
     json: Option<Bytes>,
     limit: usize,
+    /// What a good answer is, for the error where it is something else.
+    expected: &'static str,
 }
 
 impl<A: Admission> Client<A> {
@@ -128,47 +133,50 @@ impl<A: Admission> Client<A> {
         self.0.config.set(config);
     }
 
+    /// The answer about an address that CyberScan is not asked about, whoever wants to know: no internal address is
+    /// told to a third party.
+    fn unasked<T>(&self, ip: IpAddr) -> Option<Answer<T>> {
+        let asked = self.0.config.get().private_addresses || !is_private(ip);
+        (!asked).then(|| Answer { record: Record::Unknown, asked_at: self.0.clock.now(), stale: None })
+    }
+
     /// Asks `GET /api/v1/<path>` with the tenant's token; a refused token is replaced once.
-    async fn get(
+    async fn get<T>(
         &self,
         call: &Call,
         kind: UpstreamCall,
         path: String,
         expected: &'static str,
-    ) -> Result<Fetched, Error> {
-        let request = Request { kind, method: Method::GET, path, json: None, limit: BODY };
+        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
+    ) -> Result<Answer<T>, Error> {
+        let request = Request { kind, method: Method::GET, path, json: None, limit: BODY, expected };
         let (tenant, tokens) = (call.tenant.id(), &self.0.tokens);
         let fetch = || self.clone().fetch_token(call.clone());
 
         let token = within(call, tokens.get(tenant, fetch)).await?;
         let asked_at = self.0.clock.now();
-        let mut reply = self.send_patiently(call, &request, &token).await?;
-        if refused(&reply) {
+        let mut outcome = self.send_with_retries(call, &request, &token, &parse).await;
+        if matches!(outcome, Err(Error::Unauthorized)) {
             let token = within(call, tokens.instead_of(&token, tenant, fetch)).await?;
-            reply = self.send(call, &request, Some(&token)).await?;
+            outcome = self.send(call, &request, Some(&token), &parse).await;
         }
-        let body = match judge(&reply, expected, self.0.clock)? {
-            StatusCode::NOT_FOUND => None,
-            _ => Some(reply.body),
-        };
-        Ok(Fetched { body, asked_at, expected })
+        Ok(Answer { record: outcome?, asked_at, stale: None })
     }
 
     /// Sends a request and, if it failed on its way or at a gateway, sends it again after a random pause:
     /// asking twice changes nothing at CyberScan.
-    async fn send_patiently(
+    async fn send_with_retries<T>(
         &self,
         call: &Call,
         request: &Request,
         token: &AccessToken,
-    ) -> Result<Reply, Error> {
+        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
+    ) -> Result<Record<T>, Error> {
         let mut repeated = 0;
         loop {
-            let outcome = self.send(call, request, Some(token)).await;
-            let transient = match &outcome {
-                Ok(reply) => matches!(reply.status.as_u16(), 502..=504),
-                Err(error) => matches!(error, Error::Unreachable { .. }),
-            };
+            let outcome = self.send(call, request, Some(token), &parse).await;
+            let transient =
+                matches!(outcome, Err(Error::Unreachable { .. } | Error::Unavailable { status: 502..=504 }));
             if !transient || repeated == self.0.config.get().retries || call.priority == Priority::Prefetch {
                 return outcome;
             }
@@ -193,7 +201,6 @@ impl<A: Admission> Client<A> {
 
     /// Runs in a task of its own (see [`AccessTokens`]), hence with a deadline of its own.
     async fn fetch_token(self, call: Call) -> Result<String, Error> {
-        const EXPECTED: &str = "an access token";
         #[derive(Serialize)]
         struct Key<'a> {
             key: &'a str,
@@ -202,7 +209,7 @@ impl<A: Admission> Client<A> {
         struct Token {
             access_token: String,
         }
-        let unexpected = Error::Unexpected { expected: EXPECTED };
+        let unexpected = Error::Unexpected { expected: "an access token" };
         let key = Key { key: call.tenant.key().expose() };
         let request = Request {
             kind: UpstreamCall::Token,
@@ -210,22 +217,23 @@ impl<A: Admission> Client<A> {
             path: "/api/v1/token".to_owned(),
             json: Some(serde_json::to_vec(&key).map_err(|_| unexpected.clone())?.into()),
             limit: TOKEN_BODY,
+            expected: "an access token",
         };
         // Others may wait for the token longer than the one who asked first.
         let call = Call { deadline: Instant::now() + self.0.config.get().timeout, ..call };
-        let reply = self.send(&call, &request, None).await?;
-        match judge(&reply, EXPECTED, self.0.clock)? {
-            StatusCode::NOT_FOUND => Err(unexpected),
-            _ => object::<Token>(&reply.body).map(|token| token.access_token).map_err(|Malformed| unexpected),
+        match self.send(&call, &request, None, object::<Token>).await? {
+            Record::Known(token) => Ok(token.access_token.clone()),
+            Record::Unknown => Err(unexpected),
         }
     }
 
-    async fn send(
+    async fn send<T>(
         &self,
         call: &Call,
         request: &Request,
         token: Option<&AccessToken>,
-    ) -> Result<Reply, Error> {
+        parse: impl Fn(&[u8]) -> Result<T, Malformed>,
+    ) -> Result<Record<T>, Error> {
         let tenant = &call.tenant;
         let mut headers = HeaderMap::new();
         headers.insert(header::USER_AGENT, USER_AGENT);
@@ -254,9 +262,17 @@ impl<A: Admission> Client<A> {
             limit: request.limit,
             deadline,
         });
-        let outcome = trace::stage(Stage::CyberScan(request.kind), sending, |outcome, facts| {
+        let exchange = async {
+            let reply = sending.await;
+            let outcome = match &reply {
+                Ok(reply) => read(reply, request.expected, self.0.clock, &parse),
+                Err(error) => Err(self.not_answered(call, request, error, deadline - sent)),
+            };
+            (reply, outcome)
+        };
+        let exchange = trace::stage(Stage::CyberScan(request.kind), exchange, |(reply, outcome), facts| {
             facts.method(&request.method);
-            if let Ok(reply) = outcome {
+            if let Ok(reply) = reply {
                 facts.status(reply.status);
             }
             match came_to(outcome) {
@@ -264,10 +280,10 @@ impl<A: Admission> Client<A> {
                 failure => facts.failed(failure.as_str()),
             }
         });
-        let outcome = outcome.await;
+        let (reply, outcome) = exchange.await;
         self.0.metrics.upstream.inc((request.kind, came_to(&outcome)));
         self.0.metrics.upstream_duration.observe((request.kind,), sent.elapsed().as_secs_f64());
-        if let Ok(reply) = &outcome {
+        if let Ok(reply) = &reply {
             let pace = match reply.status {
                 StatusCode::TOO_MANY_REQUESTS => {
                     Pace::TooFast { retry_after: retry_after(&reply.headers, self.0.clock) }
@@ -276,53 +292,62 @@ impl<A: Admission> Client<A> {
             };
             self.0.admission.answered(call, pace).await;
         }
-        outcome.map_err(|error| match error {
+        outcome
+    }
+
+    /// Why there is no complete answer to `request`.
+    fn not_answered(&self, call: &Call, request: &Request, error: &Transport, allowed: Duration) -> Error {
+        match error {
             Transport::Refused | Transport::Unreachable => {
-                Error::Unreachable { url: format!("https://{}{}", tenant.host(), request.path) }
+                Error::Unreachable { url: format!("https://{}{}", call.tenant.host(), request.path) }
             }
-            Transport::Untrusted(reason) => Error::Untrusted { reason: reason.0 },
-            Transport::TimedOut => Error::TimedOut { after: deadline.saturating_duration_since(sent) },
+            Transport::Untrusted(reason) => Error::Untrusted { reason: reason.0.clone() },
+            Transport::TimedOut => Error::TimedOut { after: allowed },
             Transport::Broken => Error::Unexpected { expected: "a complete answer" },
             Transport::TooLarge => Error::Unexpected { expected: "an answer of at most 2 MiB" },
-        })
+        }
     }
 }
+
+/// What an answer says: a record, that there is none, or why it is neither.
+///
+/// "Not known" is believed only from CyberScan, which says it in JSON. A 404 page comes from something in front of it,
+/// and a success that is no record does, too.
+fn read<T>(
+    reply: &Reply,
+    expected: &'static str,
+    clock: Clock,
+    parse: impl Fn(&[u8]) -> Result<T, Malformed>,
+) -> Result<Record<T>, Error> {
+    let record = match reply.status {
+        status if status.is_success() => parse(&reply.body).map(|record| Record::Known(Arc::new(record))),
+        StatusCode::NOT_FOUND => object::<IgnoredMembers>(&reply.body).map(|_| Record::Unknown),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Err(Error::Unauthorized),
+        StatusCode::TOO_MANY_REQUESTS => {
+            let retry_after = retry_after(&reply.headers, clock).unwrap_or(RETRY_AFTER);
+            return Err(Error::Throttled { retry_after });
+        }
+        status if status.is_server_error() => return Err(Error::Unavailable { status: status.as_u16() }),
+        _ => Err(Malformed),
+    };
+    record.map_err(|Malformed| Error::Unexpected { expected })
+}
+
+/// A JSON object, whatever is in it.
+type IgnoredMembers = HashMap<String, IgnoredAny>;
 
 /// What a request came to, for the metrics.
-fn came_to(outcome: &Result<Reply, Transport>) -> UpstreamOutcome {
+fn came_to<T>(outcome: &Result<Record<T>, Error>) -> UpstreamOutcome {
     match outcome {
-        Ok(reply) => match reply.status.as_u16() {
-            200..=299 => UpstreamOutcome::Ok,
-            401 | 403 => UpstreamOutcome::Unauthorized,
-            404 => UpstreamOutcome::NotFound,
-            429 => UpstreamOutcome::Throttled,
-            500.. => UpstreamOutcome::Unavailable,
-            _ => UpstreamOutcome::Unexpected,
-        },
-        Err(Transport::Refused | Transport::Unreachable) => UpstreamOutcome::Unreachable,
-        Err(Transport::Untrusted(_)) => UpstreamOutcome::Untrusted,
-        Err(Transport::TimedOut) => UpstreamOutcome::Timeout,
-        Err(Transport::Broken | Transport::TooLarge) => UpstreamOutcome::Unexpected,
-    }
-}
-
-/// What a data call brought.
-struct Fetched {
-    /// `None`: CyberScan does not know the thing asked about.
-    body: Option<Bytes>,
-    asked_at: Timestamp,
-    expected: &'static str,
-}
-
-impl Fetched {
-    fn read<T>(self, parse: impl FnOnce(&[u8]) -> Result<T, Malformed>) -> Result<Answer<T>, Error> {
-        let record = match self.body {
-            None => Record::Unknown,
-            Some(body) => Record::Known(Arc::new(
-                parse(&body).map_err(|Malformed| Error::Unexpected { expected: self.expected })?,
-            )),
-        };
-        Ok(Answer { record, asked_at: self.asked_at, stale: None })
+        Ok(Record::Known(_)) => UpstreamOutcome::Ok,
+        Ok(Record::Unknown) => UpstreamOutcome::NotFound,
+        Err(Error::Unreachable { .. }) => UpstreamOutcome::Unreachable,
+        Err(Error::Untrusted { .. }) => UpstreamOutcome::Untrusted,
+        Err(Error::Unauthorized) => UpstreamOutcome::Unauthorized,
+        Err(Error::Throttled { .. }) => UpstreamOutcome::Throttled,
+        Err(Error::Unavailable { .. } | Error::Resting { .. }) => UpstreamOutcome::Unavailable,
+        Err(Error::TimedOut { .. }) => UpstreamOutcome::Timeout,
+        Err(Error::Unexpected { .. } | Error::Lost) => UpstreamOutcome::Unexpected,
     }
 }
 
@@ -333,27 +358,25 @@ impl<A: Admission> CyberScan for Client<A> {
         Ok(within(call, token).await?.fetched())
     }
 
-    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
-        self.0.admission.quotas(call).await
-    }
-
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
-        let path = path("domain", domain.as_str());
-        let fetched = self.get(call, UpstreamCall::Domain, path, "a domain record").await?;
-        fetched.read(|body| DomainRecord::parse(body, &self.0.pages.get()))
+        let parse = |body: &[u8]| DomainRecord::parse(body, &self.0.pages.get());
+        self.get(call, UpstreamCall::Domain, path("domain", domain.as_str()), "a domain record", parse).await
     }
 
     async fn host(&self, call: &Call, ip: IpAddr) -> Result<Answer<HostRecord>, Error> {
-        let path = path("ip", &ip.to_string());
-        let fetched = self.get(call, UpstreamCall::Host, path, "an address record").await?;
-        fetched.read(|body| HostRecord::parse(body, &self.0.pages.get()))
+        if let Some(answer) = self.unasked(ip) {
+            return Ok(answer);
+        }
+        let parse = |body: &[u8]| HostRecord::parse(body, &self.0.pages.get());
+        self.get(call, UpstreamCall::Host, path("ip", &ip.to_string()), "an address record", parse).await
     }
 
     async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
-        let path = path("vulnerabilities/ip", &ip.to_string());
-        let fetched =
-            self.get(call, UpstreamCall::Vulnerabilities, path, "a list of vulnerabilities").await?;
-        fetched.read(Vulnerabilities::parse)
+        if let Some(answer) = self.unasked(ip) {
+            return Ok(answer);
+        }
+        let (kind, path) = (UpstreamCall::Vulnerabilities, path("vulnerabilities/ip", &ip.to_string()));
+        self.get(call, kind, path, "a list of vulnerabilities", Vulnerabilities::parse).await
     }
 }
 
@@ -366,23 +389,6 @@ pub(super) fn path(resource: &str, segment: &str) -> String {
 async fn within<T>(call: &Call, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let after = call.deadline.saturating_duration_since(Instant::now());
     tokio::time::timeout_at(call.deadline, future).await.unwrap_or(Err(Error::TimedOut { after }))
-}
-
-fn refused(reply: &Reply) -> bool {
-    matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
-}
-
-/// What a status means: success or 404 go on, everything else is an error.
-fn judge(reply: &Reply, expected: &'static str, clock: Clock) -> Result<StatusCode, Error> {
-    match reply.status {
-        status if status.is_success() || status == StatusCode::NOT_FOUND => Ok(status),
-        _ if refused(reply) => Err(Error::Unauthorized),
-        StatusCode::TOO_MANY_REQUESTS => {
-            Err(Error::Throttled { retry_after: retry_after(&reply.headers, clock).unwrap_or(RETRY_AFTER) })
-        }
-        status if status.is_server_error() => Err(Error::Unavailable { status: status.as_u16() }),
-        _ => Err(Error::Unexpected { expected }),
-    }
 }
 
 /// `Retry-After`, as seconds or as a date (RFC 9110 §10.2.3).

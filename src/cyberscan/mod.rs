@@ -4,11 +4,13 @@
 pub mod breaker;
 mod circuit;
 pub mod client;
+mod cve;
 pub mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod model;
 mod printed;
+mod severity;
 pub mod token;
 
 use std::{
@@ -21,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
@@ -31,6 +34,7 @@ pub use model::{DomainRecord, Finding, HostRecord, Vulnerabilities};
 
 use crate::{
     ctim::{DomainName, Subject},
+    metrics::Resource,
     tenant::Tenant,
 };
 
@@ -41,16 +45,6 @@ use crate::{
 pub trait CyberScan: Send + Sync + 'static {
     /// Makes sure that CyberScan accepts the tenant's key; the answer is when it last did.
     fn authenticate(&self, call: &Call) -> impl Future<Output = Result<Instant, Error>> + Send;
-
-    /// Says what is going to be asked, so that a stage can get ready for all of it at once.
-    fn announce(
-        &self,
-        _call: &Call,
-        _subjects: &[Subject],
-        _purpose: Purpose,
-    ) -> impl Future<Output = ()> + Send {
-        std::future::ready(())
-    }
 
     /// The record of a domain.
     fn domain(
@@ -69,25 +63,74 @@ pub trait CyberScan: Send + Sync + 'static {
         call: &Call,
         ip: IpAddr,
     ) -> impl Future<Output = Result<Answer<Vulnerabilities>, Error>> + Send;
+}
 
-    /// How much of the tenant's quotas is used.
-    fn quotas(&self, _call: &Call) -> impl Future<Output = Vec<QuotaUse>> + Send {
-        std::future::ready(Vec::new())
-    }
+/// A stage that keeps answers: told beforehand what a request is going to ask, it brings all of it near at once.
+pub trait Preload: Send + Sync + 'static {
+    /// Brings near what is known of `subjects`; that changes no answer, only how soon it comes.
+    fn preload(&self, call: &Call, subjects: &[Subject], wanted: Wanted) -> impl Future<Output = ()> + Send;
+}
 
-    /// The record of an address, if it is at hand without asking anyone.
-    fn known_host(&self, _call: &Call, _ip: IpAddr) -> Option<Arc<HostRecord>> {
-        None
+/// Which records a request is going to ask for, beside those of domains.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Those of addresses.
+    pub hosts: bool,
+    /// The vulnerabilities of addresses, and of those that domains lead to.
+    pub vulnerabilities: bool,
+}
+
+/// Who knows how much of the quotas is used.
+pub trait Quotas: Send + Sync + 'static {
+    /// How much of each quota of `tenant`, and of all tenants together, is used.
+    fn quotas<'a>(&'a self, tenant: &'a Arc<Tenant>) -> BoxFuture<'a, Vec<QuotaUse>>;
+}
+
+/// No quotas.
+#[cfg(any(test, fuzzing))]
+pub(crate) struct Unlimited;
+
+#[cfg(any(test, fuzzing))]
+impl Quotas for Unlimited {
+    fn quotas<'a>(&'a self, _: &'a Arc<Tenant>) -> BoxFuture<'a, Vec<QuotaUse>> {
+        Box::pin(std::future::ready(Vec::new()))
     }
 }
 
-/// What questions are asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// Records of domains, then vulnerabilities of addresses.
-    Sightings,
-    /// Records of domains and addresses.
-    References,
+/// The types of records that CyberScan has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RecordType {
+    /// Of a domain.
+    Domain,
+    /// Of an address.
+    Host,
+    /// The vulnerabilities at an address.
+    Vulnerabilities,
+}
+
+impl RecordType {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Domain, Self::Host, Self::Vulnerabilities];
+
+    /// Its name in keys of caches and indexes; it must never change, or what is kept is not found any more.
+    #[must_use]
+    pub const fn key_part(self) -> &'static str {
+        match self {
+            Self::Domain => "domain",
+            Self::Host => "host",
+            Self::Vulnerabilities => "vulnerabilities",
+        }
+    }
+
+    /// The label under which it is counted.
+    #[must_use]
+    pub const fn label(self) -> Resource {
+        match self {
+            Self::Domain => Resource::Domain,
+            Self::Host => Resource::Host,
+            Self::Vulnerabilities => Resource::Vulnerabilities,
+        }
+    }
 }
 
 /// On whose behalf a question is asked, and how long it is worth waiting.
@@ -153,9 +196,6 @@ pub trait Admission: Send + Sync + 'static {
 
     /// Hears what CyberScan says to the pace.
     fn answered(&self, call: &Call, pace: Pace) -> impl Future<Output = ()> + Send;
-
-    /// How much of the tenant's quotas is used.
-    fn quotas(&self, call: &Call) -> impl Future<Output = Vec<QuotaUse>> + Send;
 }
 
 /// How much of a quota is used.

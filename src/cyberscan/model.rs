@@ -5,15 +5,16 @@ use std::{collections::HashMap, fmt, net::IpAddr};
 
 use serde::{
     Deserialize, Deserializer, Serialize,
-    de::{MapAccess, Visitor},
+    de::{DeserializeOwned, MapAccess, Visitor},
 };
 use serde_json::{Value, value::RawValue};
 use url::Url;
 
-use super::printed;
+use super::{cve, printed, severity};
 use crate::{
     ctim::sighting::{Confidence, Severity},
     egress::{Host, HostPatterns},
+    surrogates,
 };
 
 /// What CyberScan knows about a domain.
@@ -45,11 +46,11 @@ pub struct Finding {
     pub name: Option<String>,
     /// What it is.
     pub description: Option<String>,
-    /// The CVE field, as it came.
+    /// How the CVE field identifies it; `None` where that field says that there is no CVE.
     pub cve: Option<String>,
     /// The well-formed CVE identifiers in that field.
     pub cves: Vec<String>,
-    /// How bad it is.
+    /// How bad it is: by CyberScan's word or, where that grades nothing, by the CVSS score.
     pub severity: Severity,
     /// The CVSS base score, 0 to 10.
     pub cvss: Option<f64>,
@@ -65,18 +66,13 @@ impl DomainRecord {
     /// Reads the answer to `GET /domain/{domain}`. Links to hosts outside of `pages` are dropped.
     ///
     /// # Errors
-    /// [`Malformed`] unless it is a JSON object whose `ip`, if any, is an address.
+    /// [`Malformed`] unless it is a JSON object with the key `ip`, and that is an address, empty or `null`.
     pub fn parse(body: &[u8], pages: &HostPatterns) -> Result<Self, Malformed> {
-        #[derive(Deserialize)]
-        struct Raw {
-            ip: Option<String>,
-            details_page: Option<Value>,
-        }
-        let raw: Raw = object(body)?;
+        let raw: RawRecord = record(body)?;
         let ip = match raw.ip.as_deref().map(str::trim) {
             None | Some("") => None,
             // Parsed before it is used again: what stands here becomes part of the next call.
-            Some(ip) => Some(ip.parse().map_err(|_| Malformed)?),
+            Some(ip) => Some(ip.parse::<IpAddr>().map_err(|_| Malformed)?.to_canonical()),
         };
         Ok(Self { ip, details_page: link(raw.details_page, pages) })
     }
@@ -86,15 +82,20 @@ impl HostRecord {
     /// Reads the answer to `GET /ip/{ip}`. Links to hosts outside of `pages` are dropped.
     ///
     /// # Errors
-    /// [`Malformed`] unless it is a JSON object.
+    /// [`Malformed`] unless it is a JSON object with the key `ip`, and that is a text or `null`.
     pub fn parse(body: &[u8], pages: &HostPatterns) -> Result<Self, Malformed> {
-        #[derive(Deserialize)]
-        struct Raw {
-            details_page: Option<Value>,
-        }
-        let raw: Raw = object(body)?;
+        let raw: RawRecord = record(body)?;
         Ok(Self { details_page: link(raw.details_page, pages) })
     }
+}
+
+/// A record of a domain or an address, as far as it is read.
+#[derive(Deserialize)]
+struct RawRecord {
+    /// Has to be there: an object without it is somebody else's answer, not a record without an address.
+    #[serde(deserialize_with = "Option::deserialize")]
+    ip: Option<String>,
+    details_page: Option<Value>,
 }
 
 impl Vulnerabilities {
@@ -107,7 +108,7 @@ impl Vulnerabilities {
         struct Raw {
             vulnerabilities: Vec<Upstream>,
         }
-        let raw: Raw = object(body)?;
+        let raw: Raw = record(body)?;
         let mut findings: Vec<Finding> =
             raw.vulnerabilities.into_iter().map(|Upstream(finding)| finding).collect();
         // It is going to be kept for long.
@@ -117,13 +118,35 @@ impl Vulnerabilities {
 }
 
 /// Reads a JSON object; serde on its own would take a list for a struct, too.
-pub(super) fn object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Malformed> {
+pub(super) fn object<T: DeserializeOwned>(body: &[u8]) -> Result<T, Malformed> {
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Malformed);
     }
     // Looked at as a whole: serde_json alone would skip bad bytes in members nobody reads.
     let text = std::str::from_utf8(body).map_err(|_| Malformed)?;
-    serde_json::from_str(text).map_err(|_| Malformed)
+    serde_json::from_str(&surrogates::replaced(text)).map_err(|_| Malformed)
+}
+
+/// Reads a record. An object that tells of an error is none, even where the rest of it has a record's form: what it
+/// lacks would look like "nothing found".
+fn record<T: DeserializeOwned>(body: &[u8]) -> Result<T, Malformed> {
+    #[derive(Deserialize)]
+    struct Told {
+        error: Option<Value>,
+        errors: Option<Value>,
+    }
+    let quiet = |error: &Value| match error {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(members) => members.is_empty(),
+        Value::Bool(true) | Value::Number(_) => false,
+    };
+    let Told { error, errors } = object(body)?;
+    match [error, errors].iter().flatten().all(quiet) {
+        true => object(body),
+        false => Err(Malformed),
+    }
 }
 
 /// The https link in `value`, if it leads to a host of `pages`: an analyst will click on it.
@@ -145,22 +168,23 @@ impl Finding {
     fn new(cells: &[(String, Box<RawValue>)]) -> Self {
         let table: Vec<(String, String)> =
             cells.iter().map(|(key, value)| (key.clone(), printed::cell(value))).collect();
-        // Only strings and numbers say something in a sentence; a list or `null` does not.
+        // Whatever CyberScan put there is told, but for what is empty.
         let text = |key: &str| {
-            let (at, (_, value)) = cells.iter().enumerate().find(|(_, (name, _))| name == key)?;
-            let speaks = value.get().starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit());
-            let (_, text) = table.get(at)?;
-            (speaks && !text.is_empty()).then(|| text.clone())
+            let (_, text) = table.iter().find(|(name, _)| name == key)?;
+            (!matches!(text.as_str(), "" | "[]" | "{}")).then(|| text.clone())
         };
-        let number = |key: &str| text(key)?.parse::<f64>().ok().filter(|n| n.is_finite());
-        let cve = text("cve");
+        let number = |key: &str| severity::number(&text(key)?);
+        let cve = text("cve").unwrap_or_default();
+        let cves = cve::ids(&cve);
+        // Greenbone's `severity` is the score itself.
+        let cvss = number("cvss").or_else(|| number("severity").filter(|score| (0.0..=10.0).contains(score)));
         Self {
             name: text("name"),
             description: text("description"),
-            cves: cve.as_deref().map(cves).unwrap_or_default(),
-            cve,
-            severity: severity(text("severity").as_deref()),
-            cvss: number("cvss"),
+            cve: cve::label(&cve, &cves),
+            cves,
+            severity: severity::graded(text("severity").as_deref(), cvss),
+            cvss,
             detection_quality: number("confidence"),
             table,
         }
@@ -183,38 +207,6 @@ impl Finding {
             _ => Confidence::High,
         }
     }
-}
-
-fn severity(word: Option<&str>) -> Severity {
-    match word.map(str::to_ascii_lowercase).as_deref() {
-        Some("critical") => Severity::Critical,
-        Some("high") => Severity::High,
-        Some("medium") => Severity::Medium,
-        Some("low") => Severity::Low,
-        Some("info" | "informational" | "log") => Severity::Info,
-        Some("none") => Severity::None,
-        _ => Severity::Unknown,
-    }
-}
-
-/// The `CVE-<year>-<number>` identifiers in `text`, upper-cased, each once.
-fn cves(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    for word in text.split(|c: char| !(c.is_alphanumeric() || c == '-')) {
-        let id = word.to_ascii_uppercase();
-        let mut parts = id.split('-');
-        let digits = |part: Option<&str>, longest: usize| {
-            part.is_some_and(|p| (4..=longest).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit()))
-        };
-        let well_formed = parts.next() == Some("CVE")
-            && digits(parts.next(), 4)
-            && digits(parts.next(), 19)
-            && parts.next().is_none();
-        if well_formed && !found.contains(&id) {
-            found.push(id);
-        }
-    }
-    found
 }
 
 /// A finding as CyberScan words it.
@@ -269,9 +261,11 @@ mod tests {
         let record = DomainRecord::parse(body, &pages()).unwrap();
         assert_eq!(record.ip, Some("192.0.2.1".parse().unwrap()));
         assert_eq!(record.details_page.as_deref(), Some("https://www.cyberscan.io/a"));
-        for body in [r#"{}"#, r#"{"ip":null}"#, r#"{"ip":""}"#] {
+        for body in [r#"{"ip":null}"#, r#"{"ip":""}"#, r#"{"ip":" \n"}"#] {
             assert_eq!(DomainRecord::parse(body.as_bytes(), &pages()).unwrap().ip, None);
         }
+        let mapped = DomainRecord::parse(br#"{"ip":"::ffff:192.0.2.1"}"#, &pages()).unwrap();
+        assert_eq!(mapped.ip, Some("192.0.2.1".parse().unwrap()));
     }
 
     #[test]
@@ -279,6 +273,10 @@ mod tests {
         for body in [
             "",
             "[]",
+            "{}",
+            r#"{"error":"backend timeout"}"#,
+            r#"{"details_page":"https://www.cyberscan.io/a"}"#,
+            r#"{"domain":"a.example","IP":"192.0.2.1"}"#,
             "null",
             "5",
             "\"abc\"",
@@ -289,6 +287,21 @@ mod tests {
             r#"{"ip":"../../admin"}"#,
         ] {
             assert!(DomainRecord::parse(body.as_bytes(), &pages()).is_err(), "{body}");
+            let host = HostRecord::parse(body.as_bytes(), &pages());
+            assert_eq!(host.is_err(), !body.contains("admin"), "{body}");
+        }
+        for error in [r#""backend timeout""#, "true", "5", r#"["x"]"#, r#"{"code":1}"#, r#""half \ud83d""#] {
+            for name in ["error", "errors"] {
+                let body = format!(r#"{{"ip":"","vulnerabilities":[],"{name}":{error}}}"#);
+                assert!(DomainRecord::parse(body.as_bytes(), &pages()).is_err(), "{body}");
+                assert!(HostRecord::parse(body.as_bytes(), &pages()).is_err(), "{body}");
+                assert!(Vulnerabilities::parse(body.as_bytes()).is_err(), "{body}");
+            }
+        }
+        for none in ["null", "false", r#"" ""#, "[]", "{}"] {
+            let body = format!(r#"{{"ip":"","vulnerabilities":[],"error":{none},"errors":{none}}}"#);
+            assert!(DomainRecord::parse(body.as_bytes(), &pages()).is_ok(), "{body}");
+            assert!(Vulnerabilities::parse(body.as_bytes()).is_ok(), "{body}");
         }
         for body in [
             "",
@@ -310,7 +323,7 @@ mod tests {
     #[test]
     fn a_link_leads_to_cyberscan_over_https_or_is_dropped() {
         let link = |page: &str| {
-            let body = format!(r#"{{"details_page":{page}}}"#);
+            let body = format!(r#"{{"ip":"192.0.2.1","details_page":{page}}}"#);
             HostRecord::parse(body.as_bytes(), &pages()).unwrap().details_page
         };
         assert_eq!(
@@ -351,6 +364,32 @@ mod tests {
     }
 
     #[test]
+    fn half_a_character_costs_no_more_than_itself() {
+        let finding = finding(
+            r#"{"name":"cut \ud83d","severity":"High\udc00","cve":"CVE-2020-0001 \ud800","key \udfff":["\ud83d"],"cvss":9.8}"#,
+        );
+        assert_eq!(finding.name.as_deref(), Some("cut \u{fffd}"));
+        assert_eq!((finding.severity, finding.cves.len()), (Severity::High, 1));
+        assert_eq!(finding.cell("key \u{fffd}"), Some("[\"\u{fffd}\"]"));
+    }
+
+    #[test]
+    fn a_finding_without_a_word_for_it_is_graded_by_its_score() {
+        for json in [
+            r#"{"cvss":9.8}"#,
+            r#"{"severity":"","cvss":"9.8"}"#,
+            r#"{"severity":null,"cvss":"9.8 (v3)"}"#,
+            r#"{"severity":"Alarm","cvss":9.8}"#,
+            r#"{"severity":"Unknown","cvss":9.8}"#,
+            r#"{"severity":9.8}"#,
+            r#"{"severity":"9.8","cvss":null}"#,
+        ] {
+            let finding = finding(json);
+            assert_eq!((finding.severity, finding.cvss), (Severity::Critical, Some(9.8)), "{json}");
+        }
+    }
+
+    #[test]
     fn confidence_has_three_bands() {
         for (quality, band) in [
             ("0", Confidence::Low),
@@ -359,6 +398,13 @@ mod tests {
             ("69", Confidence::Medium),
             ("70", Confidence::High),
             ("null", Confidence::High),
+            (r#""30""#, Confidence::Low),
+            (r#""30%""#, Confidence::Low),
+            (r#"" 69 % ""#, Confidence::Medium),
+            (r#""95 of 100""#, Confidence::High),
+            (r#""low""#, Confidence::High),
+            ("[30]", Confidence::High),
+            ("1e999", Confidence::High),
         ] {
             assert_eq!(finding(&format!(r#"{{"confidence":{quality}}}"#)).confidence(), band, "{quality}");
         }

@@ -30,9 +30,9 @@ use rendered::Rendered;
 use sighting::Seen;
 
 use crate::{
-    ctim::{Observable, Reference, Subject, sighting::Tlp},
+    ctim::{Observable, Reference, Subject, is_private, sighting::Tlp},
     cyberscan::{
-        Answer, Call, CyberScan, Error, Priority, Purpose, QuotaUse, Record, Tally, Vulnerabilities,
+        Answer, Call, CyberScan, Error, HostRecord, Preload, Priority, Record, Tally, Vulnerabilities, Wanted,
     },
     live::Live,
     tenant::Tenant,
@@ -45,6 +45,10 @@ pub struct Config {
     pub deadline: Duration,
     /// `request.concurrency`: observables of one request that are looked up at once.
     pub concurrency: NonZeroUsize,
+    /// `ctim.ip_details_page`: whether sightings at an address link to its page, which costs its record.
+    pub ip_details_page: bool,
+    /// `cyberscan.private_addresses`: whether addresses that are nobody's on the internet are looked up.
+    pub private_addresses: bool,
     /// `ctim.tlp`: with whom sightings may be shared.
     pub tlp: Tlp,
     /// Bytes of rendered sightings that are kept; a share of `cache.memory`.
@@ -75,7 +79,7 @@ pub struct Findings<T> {
     pub tally: Option<Arc<Tally>>,
 }
 
-impl<P: CyberScan> Enricher<P> {
+impl<P: CyberScan + Preload> Enricher<P> {
     /// An enricher that asks `cyberscan`.
     #[must_use]
     pub fn new(cyberscan: P, config: Config) -> Self {
@@ -98,14 +102,13 @@ impl<P: CyberScan> Enricher<P> {
         Instant::now() + self.config.get().deadline
     }
 
-    /// Whether CyberScan accepts the tenant's key; and how much of its quotas is used.
+    /// Makes sure that CyberScan accepts the tenant's key.
     ///
     /// # Errors
     /// Why it does not, or cannot be asked.
-    pub async fn check(&self, tenant: Arc<Tenant>, deadline: Instant) -> Result<Vec<QuotaUse>, Error> {
-        let call = Call::new(tenant, deadline, Priority::Interactive);
-        by(deadline, self.cyberscan.authenticate(&call)).await?;
-        Ok(self.cyberscan.quotas(&call).await)
+    pub async fn check(&self, tenant: &Arc<Tenant>, deadline: Instant) -> Result<(), Error> {
+        let call = Call::new(Arc::clone(tenant), deadline, Priority::Interactive);
+        by(deadline, self.cyberscan.authenticate(&call)).await.map(drop)
     }
 
     /// The sightings of `observables`, as JSON, at most `limit` for each of them.
@@ -119,7 +122,8 @@ impl<P: CyberScan> Enricher<P> {
         let call = Call::new(tenant, deadline, Priority::Interactive);
         let asked = Asked::default();
         let look_up = |observable| self.sightings(&call, &asked, observable, limit);
-        self.join(&call, observables, Purpose::Sightings, look_up).await
+        let wanted = Wanted { hosts: self.config.get().ip_details_page, vulnerabilities: true };
+        self.join(&call, observables, wanted, look_up).await
     }
 
     /// A reference for each of `observables` that CyberScan has a page about.
@@ -131,7 +135,8 @@ impl<P: CyberScan> Enricher<P> {
     ) -> Findings<Reference> {
         let call = Call::new(tenant, deadline, Priority::Interactive);
         let look_up = |observable| self.reference(&call, observable);
-        self.join(&call, observables, Purpose::References, look_up).await
+        let wanted = Wanted { hosts: true, vulnerabilities: false };
+        self.join(&call, observables, wanted, look_up).await
     }
 
     async fn sightings(
@@ -146,8 +151,8 @@ impl<P: CyberScan> Enricher<P> {
             Subject::Domain(domain) => {
                 let domain = self.cyberscan.domain(call, domain).await?;
                 match domain.record.known().map(|record| (record.ip, record.details_page.clone())) {
-                    Some((Some(ip), page)) => (ip, page, domain.stale),
-                    // A domain CyberScan does not know, or knows no address of: nothing to look up.
+                    Some((Some(ip), page)) if self.is_looked_up(&Subject::Ip(ip)) => (ip, page, domain.stale),
+                    // A domain CyberScan does not know, or whose address is unknown or nobody's: nothing to look up.
                     _ => return Ok(Findings::of_stale(domain.stale)),
                 }
             }
@@ -158,9 +163,11 @@ impl<P: CyberScan> Enricher<P> {
             return Ok(findings);
         };
         let details_page = match observable.subject() {
-            Subject::Ip(ip) => {
-                self.cyberscan.known_host(call, *ip).and_then(|host| host.details_page.clone())
+            // Paid for only where there is something to link from.
+            Subject::Ip(ip) if self.config.get().ip_details_page && !vulnerabilities.0.is_empty() => {
+                findings.note(self.cyberscan.host(call, *ip).await)
             }
+            Subject::Ip(_) => None,
             Subject::Domain(_) => details_page,
         };
         let seen = Seen { ip, details_page, vulnerabilities, asked_at: answer.asked_at };
@@ -189,18 +196,32 @@ impl<P: CyberScan> Enricher<P> {
         Ok(findings)
     }
 
+    /// Whether CyberScan is asked about `subject`. Addresses that are nobody's on the internet are as good as not
+    /// known: looking them up would cost a call and tell a third party about an internal network.
+    fn is_looked_up(&self, subject: &Subject) -> bool {
+        match subject {
+            Subject::Ip(ip) => self.config.get().private_addresses || !is_private(*ip),
+            Subject::Domain(_) => true,
+        }
+    }
+
     /// Looks all `observables` up side by side and joins what comes of it, in their order.
     async fn join<'a, T, F>(
         &self,
         call: &Call,
         observables: &'a [Observable],
-        purpose: Purpose,
+        wanted: Wanted,
         look_up: impl Fn(&'a Observable) -> F,
     ) -> Findings<T>
     where
         F: Future<Output = Result<Findings<T>, Error>>,
     {
         let mut all = Findings { tally: Some(Arc::clone(&call.tally)), ..Findings::default() };
+        let observables: Vec<&Observable> =
+            observables.iter().filter(|observable| self.is_looked_up(observable.subject())).collect();
+        if observables.is_empty() {
+            return all;
+        }
         // Once for all of them: a refused key is one error, not one per observable.
         if let Err(error) = by(call.deadline, self.cyberscan.authenticate(call)).await {
             all.problems.add(Problem::Failed(error));
@@ -208,10 +229,10 @@ impl<P: CyberScan> Enricher<P> {
         }
         let subjects: Vec<Subject> =
             observables.iter().map(|observable| observable.subject().clone()).collect();
-        self.cyberscan.announce(call, &subjects, purpose).await;
+        self.cyberscan.preload(call, &subjects, wanted).await;
         let turns = &Semaphore::new(self.config.get().concurrency.get());
         let look_up = &look_up;
-        let look_ups = observables.iter().map(|observable| async move {
+        let look_ups = observables.into_iter().map(|observable| async move {
             let _turn = turns.acquire().await;
             by(call.deadline, look_up(observable)).await
         });
@@ -252,6 +273,23 @@ impl<T> Default for Findings<T> {
 }
 
 impl<T> Findings<T> {
+    /// The details page in `host`; that it may be old or missing is a problem of what was found, and no reason to
+    /// withhold that.
+    fn note(&mut self, host: Result<Answer<HostRecord>, Error>) -> Option<String> {
+        match host {
+            Ok(Answer { record, stale, .. }) => {
+                if let Some(age) = stale {
+                    self.problems.add(Problem::Stale { age });
+                }
+                record.known().and_then(|host| host.details_page.clone())
+            }
+            Err(error) => {
+                self.problems.add(Problem::Failed(error));
+                None
+            }
+        }
+    }
+
     /// Nothing yet, but from data of this age if it is past its freshness.
     fn of_stale(age: Option<Duration>) -> Self {
         let mut findings = Self::default();

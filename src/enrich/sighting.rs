@@ -86,12 +86,12 @@ struct Identities {
 
 impl Identities {
     fn new(tenant: TenantId, observable: &Observable, ip: IpAddr) -> Self {
-        let subject = match observable.subject() {
-            Subject::Ip(ip) => ip.to_string(),
-            Subject::Domain(domain) => domain.to_string(),
+        // However an address was spelled and typed, it is the same one.
+        let (kind, subject) = match observable.subject() {
+            Subject::Ip(ip) => ("ip", ip.to_string()),
+            Subject::Domain(domain) => ("domain", domain.to_string()),
         };
-        let parts =
-            [observable.kind().as_bytes(), subject.as_bytes(), ip.to_string().as_bytes()].map(<[u8]>::to_vec);
+        let parts = [kind.as_bytes(), subject.as_bytes(), ip.to_string().as_bytes()].map(<[u8]>::to_vec);
         let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
         Self { namespace: Uuid::from_bytes(tenant.derive("sighting", &parts)), repeated: HashMap::new() }
     }
@@ -114,6 +114,7 @@ impl Identities {
 mod tests {
     use super::*;
     use crate::tenant::{ApiKey, Tenant};
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     fn tenant(key: &str) -> TenantId {
@@ -206,6 +207,143 @@ mod tests {
     fn without_a_cve_the_finding_is_named() {
         let sighting = sightings(&json!([{"name": "Weak ciphers", "cve": " "}]), "ip", "192.0.2.7").remove(0);
         assert_eq!(sighting["short_description"], "Vulnerability Weak ciphers observed at CyberScan");
+    }
+
+    #[test]
+    fn a_field_that_says_there_is_no_cve_names_no_finding_and_is_no_reference() {
+        for cve in
+            [json!("NOCVE"), json!("N/A"), json!("CVE-2020-XXXX"), json!([]), json!(["NOCVE"]), json!(0)]
+        {
+            let sighting =
+                sightings(&json!([{"name": "Weak ciphers", "cve": cve}]), "ip", "192.0.2.7").remove(0);
+            assert_eq!(
+                sighting["short_description"], "Vulnerability Weak ciphers observed at CyberScan",
+                "{cve}"
+            );
+            assert!(sighting.get("external_references").is_none(), "{cve}");
+        }
+        let both = json!([{"name": "n", "cve": ["CVE-2020-0001", "NOCVE", "cve-2020-0002"]}]);
+        let sighting = sightings(&both, "ip", "192.0.2.7").remove(0);
+        assert_eq!(sighting["external_ids"], json!(["CVE-2020-0001", "CVE-2020-0002"]));
+        assert_eq!(
+            sighting["short_description"],
+            "Vulnerability CVE-2020-0001, CVE-2020-0002 observed at CyberScan"
+        );
+    }
+
+    #[test]
+    fn an_address_has_the_type_the_platform_gives_its_version() {
+        let list = json!([{"name": "n"}]);
+        let v6 = |kind: &str| {
+            let observable = Observable::new(kind, "2001:DB8::5").unwrap();
+            let seen = Seen { ip: "2001:db8::5".parse().unwrap(), ..seen(&list) };
+            serde_json::from_str::<Value>(seen.render(tenant("k"), &observable, Tlp::Amber)[0].get()).unwrap()
+        };
+        let (as_ip, as_ipv6) = (v6("ip"), v6("ipv6"));
+        assert_eq!(as_ip["id"], as_ipv6["id"], "it is the same finding");
+        assert_eq!(as_ip["observables"], json!([{"type": "ip", "value": "2001:DB8::5"}]));
+        assert_eq!(as_ipv6["observables"], json!([{"type": "ipv6", "value": "2001:DB8::5"}]));
+        for sighting in [as_ip, as_ipv6] {
+            assert_eq!(
+                sighting["targets"][0]["observables"],
+                json!([{"type": "ipv6", "value": "2001:db8::5"}])
+            );
+        }
+        let domain = Observable::new("domain", "a.example").unwrap();
+        let seen = Seen { ip: "2001:db8::5".parse().unwrap(), ..seen(&list) };
+        let docs = seen.render(tenant("k"), &domain, Tlp::Amber);
+        let sighting: Value = serde_json::from_str(docs[0].get()).unwrap();
+        assert_eq!(sighting["relations"][0]["related"], json!({"type": "ipv6", "value": "2001:db8::5"}));
+    }
+
+    #[test]
+    fn an_unnamed_severity_does_not_rank_a_finding_away() {
+        let list = json!([
+            {"name": "a", "severity": "Log", "cvss": 0.0},
+            {"name": "b", "severity": "Log", "cvss": 0.0},
+            {"name": "worst", "severity": "", "cvss": 9.8},
+            {"name": "medium", "severity": "Medium", "cvss": 6.9},
+        ]);
+        let titles: Vec<Value> =
+            sightings(&list, "ip", "192.0.2.7").iter_mut().map(|sighting| sighting["title"].take()).collect();
+        assert_eq!(titles, ["worst", "medium", "a", "b"]);
+    }
+
+    /// Whatever may stand in a field: what CyberScan writes, what its kin write, and any JSON.
+    fn any_field() -> impl Strategy<Value = Value> {
+        let texts = prop_oneof![
+            "\\PC{0,12}",
+            "[\u{0}-\u{1f}\u{202a}-\u{202e}\u{200b}&<>\"'\\\\a ]{0,8}",
+            "(&amp;|&#x3c;|</td>|\\n){1,4}",
+            "(High|Log|False Positive|Moderate|NOCVE|N/A|CVE-20[12][0-9]-[0-9]{3,6}|[0-9]{1,3}%?|[0-9]\\.[0-9])( |, )?",
+        ];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            (-2.0..12.0f64).prop_map(Value::from),
+            texts.prop_map(Value::from),
+        ];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                proptest::collection::hash_map("[a-z]{0,3}", inner, 0..3)
+                    .prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    fn is_filled(value: &Value) -> bool {
+        match value {
+            Value::Null => false,
+            Value::String(text) => !text.trim().is_empty(),
+            Value::Array(list) => !list.is_empty(),
+            Value::Object(members) => !members.is_empty(),
+            Value::Bool(_) | Value::Number(_) => true,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn nothing_that_cyberscan_filled_is_lost(
+            known in proptest::collection::hash_map(
+                "name|family|description|severity|port|protocol|cve|cvss|confidence", any_field(), 0..9
+            ),
+            others in proptest::collection::hash_map("\\PC{0,5}", any_field(), 0..3),
+        ) {
+            let object: serde_json::Map<String, Value> = others.into_iter().chain(known).collect();
+            let list = json!([object]);
+            let docs = sightings(&list, "ip", "192.0.2.7");
+            prop_assert_eq!(docs.len(), 1);
+            let sighting = &docs[0];
+            let (columns, row) = (&sighting["data"]["columns"], &sighting["data"]["rows"][0]);
+            let names: Vec<&str> =
+                columns.as_array().unwrap().iter().map(|column| column["name"].as_str().unwrap()).collect();
+            prop_assert_eq!(names, object.keys().map(String::as_str).collect::<Vec<_>>());
+            for (value, cell) in object.values().zip(row.as_array().unwrap()) {
+                let cell = cell.as_str().unwrap();
+                prop_assert!(!is_filled(value) || !cell.is_empty(), "{} became an empty cell", value);
+                if let Value::String(text) = value {
+                    prop_assert_eq!(cell, text.trim());
+                }
+            }
+            let filled = |key: &str| object.get(key).is_some_and(is_filled);
+            for (key, member) in [("name", "title"), ("description", "description")] {
+                prop_assert_eq!(filled(key), sighting.get(member).is_some_and(|text| text != ""), "{}", member);
+            }
+            let short = sighting["short_description"].as_str().unwrap();
+            prop_assert!(!filled("name") || short != "Vulnerability observed at CyberScan");
+            let ids: Vec<&str> = sighting["external_ids"].as_array().into_iter().flatten().flat_map(Value::as_str).collect();
+            let references = sighting["external_references"].as_array().map_or(0, Vec::len);
+            prop_assert_eq!(ids.len(), references);
+            for id in ids {
+                prop_assert!(short.to_uppercase().contains(id), "{} of {}", id, short);
+            }
+            let score = object.get("cvss").and_then(Value::as_f64).filter(|score| (0.0..=10.0).contains(score));
+            prop_assert!(score.is_none() || sighting["severity"] != "Unknown", "a score grades");
+        }
     }
 
     #[test]

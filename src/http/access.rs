@@ -12,8 +12,9 @@ use tracing::info;
 use warp::reply::Response as Reply;
 
 use crate::{
+    ctim::ErrorCode,
     cyberscan::Tally,
-    metrics::{Answered, Endpoint, ErrorCode, Label, Metrics},
+    metrics::{self, Answered, Endpoint, Label, Metrics},
     trace::{Span, Traces},
 };
 
@@ -21,7 +22,7 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 pub(super) struct Account {
     /// The codes of error items and warnings.
-    pub(super) codes: Vec<&'static str>,
+    pub(super) codes: Vec<ErrorCode>,
     /// There are findings, or that there are none is known.
     pub(super) data: bool,
     /// How many observables were asked about.
@@ -50,7 +51,7 @@ impl Account {
     }
 
     fn answered(&self) -> Answered {
-        let warning = |code: &&str| matches!(ErrorCode::of(code), ErrorCode::Stale | ErrorCode::LeftOut);
+        let warning = |code: &ErrorCode| matches!(code, ErrorCode::Stale | ErrorCode::LeftOut);
         match (self.codes.iter().all(warning), self.data) {
             (true, _) => Answered::Whole,
             (false, true) => Answered::Partial,
@@ -91,7 +92,7 @@ impl Entry {
             metrics.observables.inc_by((self.endpoint,), count);
         }
         for code in &account.codes {
-            metrics.errors.inc((ErrorCode::of(code),));
+            metrics.errors.inc((label(*code),));
         }
         let tally = account.tally.unwrap_or_default();
         let count = |of: fn(&Tally) -> &std::sync::atomic::AtomicU32| of(&tally).load(Ordering::Relaxed);
@@ -107,7 +108,7 @@ impl Entry {
             facts.number("relay.answers.stale", count(|tally| &tally.stale));
             facts.number("relay.answers.failed", count(|tally| &tally.failed));
             if let (Answered::Failed, Some(code)) = (answered, account.codes.first()) {
-                facts.failed(code);
+                facts.failed(label(*code).as_str());
             }
         });
         // Probes of load balancers and containers are many and tell nothing, as long as they succeed.
@@ -129,7 +130,10 @@ impl Entry {
             upstream = count(|tally| &tally.upstream),
             stale = count(|tally| &tally.stale),
             failed = count(|tally| &tally.failed),
-            codes = (!account.codes.is_empty()).then(|| account.codes.join(",")),
+            codes = (!account.codes.is_empty()).then(|| {
+                let codes = account.codes.iter().map(|code| label(*code).as_str());
+                codes.collect::<Vec<_>>().join(",")
+            }),
             asked,
         );
     }
@@ -138,6 +142,24 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.metrics.requests_in_flight.add((), -1);
+    }
+}
+
+/// How a class of errors is counted and logged.
+fn label(code: ErrorCode) -> metrics::ErrorCode {
+    match code {
+        ErrorCode::Authorization => metrics::ErrorCode::Authorization,
+        ErrorCode::InvalidArgument => metrics::ErrorCode::InvalidArgument,
+        ErrorCode::HealthCheck => metrics::ErrorCode::HealthCheck,
+        ErrorCode::Connection => metrics::ErrorCode::Connection,
+        ErrorCode::Untrusted => metrics::ErrorCode::Unknown,
+        ErrorCode::TooManyRequests => metrics::ErrorCode::TooManyRequests,
+        ErrorCode::Unavailable => metrics::ErrorCode::Unavailable,
+        ErrorCode::Timeout => metrics::ErrorCode::Timeout,
+        ErrorCode::Unexpected => metrics::ErrorCode::Unexpected,
+        ErrorCode::Internal => metrics::ErrorCode::Internal,
+        ErrorCode::Stale => metrics::ErrorCode::Stale,
+        ErrorCode::LeftOut => metrics::ErrorCode::LeftOut,
     }
 }
 
@@ -179,10 +201,9 @@ mod tests {
 
     #[test]
     fn warnings_leave_an_answer_whole() {
-        let account =
-            |codes: &[&'static str], data| Account { codes: codes.into(), data, ..Account::default() };
-        assert_eq!(account(&["stale data"], true).answered(), Answered::Whole);
-        assert_eq!(account(&["stale data", "request timeout"], true).answered(), Answered::Partial);
-        assert_eq!(account(&["request timeout"], false).answered(), Answered::Failed);
+        let account = |codes: &[ErrorCode], data| Account { codes: codes.into(), data, ..Account::default() };
+        assert_eq!(account(&[ErrorCode::Stale], true).answered(), Answered::Whole);
+        assert_eq!(account(&[ErrorCode::Stale, ErrorCode::Timeout], true).answered(), Answered::Partial);
+        assert_eq!(account(&[ErrorCode::Timeout], false).answered(), Answered::Failed);
     }
 }

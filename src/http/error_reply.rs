@@ -10,7 +10,7 @@ use warp::reply::Response as Reply;
 use super::{access::Account, body::BodyError, observables::Invalid};
 use crate::{
     auth::AuthError,
-    ctim::{Envelope, ErrorItem, ErrorSeverity},
+    ctim::{Envelope, ErrorCode, ErrorItem, ErrorSeverity},
     cyberscan::Error,
     enrich::{Problem, Problems},
     tenant::RefusedHost,
@@ -73,7 +73,7 @@ pub(super) fn http_error(status: StatusCode, allow: Option<&'static str>) -> Rep
 
 /// The answer to a bug of ours.
 pub(super) fn internal_error() -> Reply {
-    error(fatal("internal error", "Something went wrong."))
+    error(fatal(ErrorCode::Internal, "Something went wrong."))
 }
 
 fn with_status(status: StatusCode, value: &impl Serialize, size: usize) -> Reply {
@@ -89,25 +89,25 @@ fn with_status(status: StatusCode, value: &impl Serialize, size: usize) -> Reply
     reply
 }
 
-fn fatal(code: &'static str, message: impl Into<String>) -> ErrorItem {
+fn fatal(code: ErrorCode, message: impl Into<String>) -> ErrorItem {
     ErrorItem { severity: ErrorSeverity::Fatal, code, message: message.into() }
 }
 
-fn warning(code: &'static str, message: impl Into<String>) -> ErrorItem {
+fn warning(code: ErrorCode, message: impl Into<String>) -> ErrorItem {
     ErrorItem { severity: ErrorSeverity::Warning, code, message: message.into() }
 }
 
 fn unauthorized(reason: &str) -> ErrorItem {
-    fatal("authorization error", format!("Authorization failed: {reason}"))
+    fatal(ErrorCode::Authorization, format!("Authorization failed: {reason}"))
 }
 
 fn unreachable(url: &str) -> ErrorItem {
     let message = format!("Unable to connect to CyberScan, validate the configured API endpoint: {url}");
-    fatal("connection error", message)
+    fatal(ErrorCode::Connection, message)
 }
 
 fn invalid_argument(message: impl Into<String>) -> ErrorItem {
-    fatal("invalid argument", message)
+    fatal(ErrorCode::InvalidArgument, message)
 }
 
 impl From<AuthError> for ErrorItem {
@@ -165,31 +165,31 @@ impl From<Error> for ErrorItem {
         match error {
             Error::Unreachable { url } => unreachable(&url),
             Error::Untrusted { reason } => {
-                fatal("unknown", format!("Unable to verify SSL certificate: {reason}"))
+                fatal(ErrorCode::Untrusted, format!("Unable to verify SSL certificate: {reason}"))
             }
             Error::Unauthorized => unauthorized("wrong api_key"),
             Error::Throttled { retry_after } => fatal(
-                "too many requests",
+                ErrorCode::TooManyRequests,
                 format!("Too many requests to CyberScan. Try again in {}.", seconds(retry_after)),
             ),
             Error::Unavailable { status } => fatal(
-                "service unavailable",
+                ErrorCode::Unavailable,
                 format!("CyberScan is unavailable: it answered with HTTP status {status}. Try again later."),
             ),
             Error::Resting { retry_after } => fatal(
-                "service unavailable",
+                ErrorCode::Unavailable,
                 format!(
                     "CyberScan is unavailable: it has failed again and again and is left alone for {}.",
                     seconds(retry_after)
                 ),
             ),
             Error::TimedOut { after } => {
-                fatal("request timeout", format!("CyberScan did not answer within {}.", seconds(after)))
+                fatal(ErrorCode::Timeout, format!("CyberScan did not answer within {}.", seconds(after)))
             }
             Error::Unexpected { expected } => {
-                fatal("unexpected response", format!("CyberScan answered something else than {expected}."))
+                fatal(ErrorCode::Unexpected, format!("CyberScan answered something else than {expected}."))
             }
-            Error::Lost => fatal("internal error", "Something went wrong."),
+            Error::Lost => fatal(ErrorCode::Internal, "Something went wrong."),
         }
     }
 }
@@ -199,14 +199,14 @@ impl From<&Problem> for ErrorItem {
         match problem {
             Problem::Failed(error) => error.clone().into(),
             Problem::Stale { age } => warning(
-                "stale data",
+                ErrorCode::Stale,
                 format!(
                     "CyberScan could not be asked; the answer contains data that is {} old.",
                     rough(*age)
                 ),
             ),
             Problem::LeftOut { count } => warning(
-                "too-many-messages-warning",
+                ErrorCode::LeftOut,
                 format!(
                     "There are more sightings than CTR_ENTITIES_LIMIT allows: {count} of the least severe were left out."
                 ),
@@ -234,12 +234,12 @@ fn rough(age: Duration) -> String {
 
 /// The refusal of a relay that has as many requests under way as it can bear.
 pub(super) fn busy() -> ErrorItem {
-    fatal("too many requests", "The relay has too many requests under way. Try again in 1 second.")
+    fatal(ErrorCode::TooManyRequests, "The relay has too many requests under way. Try again in 1 second.")
 }
 
 /// The answer to a missing `Health-Check` header.
 pub(super) fn invalid_health_check() -> Reply {
-    error(fatal("health check failed", "Invalid Health Check"))
+    error(fatal(ErrorCode::HealthCheck, "Invalid Health Check"))
 }
 
 #[cfg(test)]

@@ -23,8 +23,10 @@ use super::{
 use crate::{
     auth::{self, Authenticator},
     clock::Clock,
-    ctim::{DomainName, Observable, sighting::Tlp},
-    cyberscan::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Vulnerabilities},
+    ctim::{DomainName, Observable, Subject, sighting::Tlp},
+    cyberscan::{
+        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Preload, Unlimited, Vulnerabilities, Wanted,
+    },
     egress::{self, HostPatterns, Http},
     enrich::{self, Enricher},
     metrics::Metrics,
@@ -194,7 +196,14 @@ fn relay() -> Relay<Nobody> {
     );
     let enricher = Enricher::new(
         Nobody,
-        enrich::Config { deadline: seconds, concurrency: ten, tlp: Tlp::Amber, rendered_memory: 1 << 20 },
+        enrich::Config {
+            deadline: seconds,
+            concurrency: ten,
+            ip_details_page: false,
+            private_addresses: false,
+            tlp: Tlp::Amber,
+            rendered_memory: 1 << 20,
+        },
     );
     let connections = server::Config {
         max_connections: ten,
@@ -209,7 +218,7 @@ fn relay() -> Relay<Nobody> {
         max_in_flight: 1000,
         log_observables: false,
     };
-    Relay::new(authenticator, enricher, clock, &config, metrics)
+    Relay::new(authenticator, enricher, Unlimited, clock, &config, metrics)
 }
 
 /// In the place of CyberScan.
@@ -229,6 +238,12 @@ impl CyberScan for Nobody {
     }
 
     async fn vulnerabilities(&self, _: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+        unreachable!("no token is believed")
+    }
+}
+
+impl Preload for Nobody {
+    async fn preload(&self, _: &Call, _: &[Subject], _: Wanted) {
         unreachable!("no token is believed")
     }
 }

@@ -11,7 +11,7 @@ use warp::reply::Response as Reply;
 use super::{Peer, Relay, error_reply};
 use crate::{
     ctim::{Envelope, ErrorItem},
-    cyberscan::{CyberScan, QuotaUse},
+    cyberscan::{CyberScan, Preload, QuotaUse},
 };
 
 #[derive(Serialize)]
@@ -38,7 +38,7 @@ struct Bucket {
     current_bucket_limit_reached: bool,
 }
 
-pub(super) async fn health<P: CyberScan>(
+pub(super) async fn health<P: CyberScan + Preload>(
     relay: Arc<Relay<P>>,
     headers: HeaderMap,
     peer: Option<Peer>,
@@ -49,7 +49,7 @@ pub(super) async fn health<P: CyberScan>(
     }
 }
 
-async fn check<P: CyberScan>(
+async fn check<P: CyberScan + Preload>(
     relay: &Relay<P>,
     headers: &HeaderMap,
     peer: Option<Peer>,
@@ -57,7 +57,9 @@ async fn check<P: CyberScan>(
     let _place = relay.place()?;
     let due = relay.enricher.due();
     let authorized = relay.authorize(headers, peer).await?;
-    let quotas = relay.enricher.check(authorized.tenant?, due).await?;
+    let tenant = authorized.tenant?;
+    relay.enricher.check(&tenant, due).await?;
+    let quotas = relay.quotas.quotas(&tenant).await;
     let now = relay.clock.now();
     Ok(Health { status: "ok", quotas: quotas.iter().filter_map(|quota| bucket(quota, now)).collect() })
 }

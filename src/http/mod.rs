@@ -32,7 +32,7 @@ use crate::{
     auth::{Authenticator, Authorized, Credentials},
     clock::Clock,
     ctim::{ErrorItem, Observable},
-    cyberscan::{CyberScan, Tally},
+    cyberscan::{CyberScan, Preload, Quotas, Tally},
     enrich::Enricher,
     live::Live,
     metrics::{Label, Metrics},
@@ -69,6 +69,7 @@ struct Asked {
 pub struct Relay<P> {
     authenticator: Authenticator,
     enricher: Enricher<P>,
+    quotas: Arc<dyn Quotas>,
     live: Live<Changing>,
     clock: Clock,
     bulkhead: Bulkhead,
@@ -94,6 +95,7 @@ impl<P> Clone for Relay<P> {
         Self {
             authenticator: self.authenticator.clone(),
             enricher: self.enricher.clone(),
+            quotas: Arc::clone(&self.quotas),
             live: self.live.clone(),
             clock: self.clock,
             bulkhead: self.bulkhead.clone(),
@@ -102,18 +104,21 @@ impl<P> Clone for Relay<P> {
     }
 }
 
-impl<P: CyberScan> Relay<P> {
+impl<P: CyberScan + Preload> Relay<P> {
     /// The relay behind the routes.
     #[must_use]
     pub fn new(
         authenticator: Authenticator,
         enricher: Enricher<P>,
+        quotas: impl Quotas,
         clock: Clock,
         config: &Config,
         metrics: Metrics,
     ) -> Self {
         let bulkhead = Bulkhead::new(config.max_in_flight);
-        Self { authenticator, enricher, live: Live::new(Changing::of(config)), clock, bulkhead, metrics }
+        let live = Live::new(Changing::of(config));
+        let quotas = Arc::new(quotas);
+        Self { authenticator, enricher, quotas, live, clock, bulkhead, metrics }
     }
 
     /// Of `config`, takes what can change while it serves.
@@ -171,7 +176,7 @@ impl<P: CyberScan> Relay<P> {
 }
 
 /// The whole service: the routes, behind what would break them, with a net below them.
-pub fn service<P: CyberScan>(
+pub fn service<P: CyberScan + Preload>(
     relay: &Relay<P>,
     traces: Traces,
 ) -> impl Service<Request<Incoming>, Response = Reply, Error = Infallible, Future: Send> + Clone + use<P> {
@@ -209,7 +214,7 @@ async fn catching_panics(
 }
 
 /// The routes of the public listener.
-fn routes<P: CyberScan>(
+fn routes<P: CyberScan + Preload>(
     relay: &Relay<P>,
 ) -> impl Filter<Extract = (Reply,), Error = Infallible> + Clone + use<P> {
     let with_relay = {
@@ -302,8 +307,10 @@ mod tests {
     use super::*;
     use crate::{
         auth,
-        ctim::{DomainName, sighting::Tlp},
-        cyberscan::{Answer, Call, DomainRecord, Error, HostRecord, Record, Vulnerabilities},
+        ctim::{DomainName, Subject, sighting::Tlp},
+        cyberscan::{
+            Answer, Call, DomainRecord, Error, HostRecord, Record, Unlimited, Vulnerabilities, Wanted,
+        },
         egress, enrich, probe,
         sandbox::{self, Sandbox},
     };
@@ -333,6 +340,10 @@ mod tests {
         }
     }
 
+    impl Preload for Shaky {
+        async fn preload(&self, _: &Call, _: &[Subject], _: Wanted) {}
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_handler_that_panics_costs_its_own_answer_and_no_other() {
         let sandbox = Sandbox::start(sandbox::Options::default()).await.unwrap();
@@ -357,6 +368,8 @@ mod tests {
         let enrich = enrich::Config {
             deadline: Duration::from_secs(20),
             concurrency: NonZeroUsize::MIN,
+            ip_details_page: false,
+            private_addresses: false,
             tlp: Tlp::Amber,
             rendered_memory: 1 << 20,
         };
@@ -372,7 +385,8 @@ mod tests {
             max_in_flight: 100,
             log_observables: false,
         };
-        let relay = Relay::new(authenticator, Enricher::new(Shaky, enrich), clock, &config, metrics.clone());
+        let enricher = Enricher::new(Shaky, enrich);
+        let relay = Relay::new(authenticator, enricher, Unlimited, clock, &config, metrics.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();

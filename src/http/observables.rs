@@ -11,7 +11,7 @@ use serde::{
 use serde_json::value::RawValue;
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
-use crate::ctim::Observable;
+use crate::{ctim::Observable, surrogates};
 
 /// The most observables in one request.
 const MOST: usize = 1000;
@@ -30,12 +30,13 @@ pub(super) struct Invalid(pub(super) String);
 /// are values that are no address and no domain name.
 pub(super) fn parse(body: &[u8]) -> Result<Vec<Observable>, Invalid> {
     let body = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
-    let entries = match serde_json::from_slice::<Entries>(body) {
-        Ok(Entries::All(entries)) => entries,
-        Ok(Entries::TooMany) => {
+    let text = std::str::from_utf8(body).map(surrogates::replaced);
+    let entries = match text.ok().and_then(|text| serde_json::from_str::<Entries>(&text).ok()) {
+        Some(Entries::All(entries)) => entries,
+        Some(Entries::TooMany) => {
             return Err(Invalid(format!("{{'_schema': ['Longer than maximum length {MOST}.']}}")));
         }
-        Err(_) => return Err(Invalid("{'_schema': ['Invalid input type.']}".into())),
+        None => return Err(Invalid("{'_schema': ['Invalid input type.']}".into())),
     };
     let mut valid = Vec::new();
     let mut faults = String::new();
@@ -208,7 +209,6 @@ fn field(raw: &RawValue) -> Field {
         Some(b'"') => match serde_json::from_str::<String>(raw.get()) {
             Ok(text) if text.is_empty() => Field::Blank,
             Ok(text) => Field::Text(text),
-            // Half a surrogate pair: a string to Python, but none that could be looked up.
             Err(_) => Field::NotText,
         },
         _ => Field::NotText,
@@ -300,12 +300,29 @@ mod tests {
             "[1,]",
             "[] x",
             "{'type':'ip'}",
-            "[{\"\\ud800\":1}]",
             &long_number,
         ] {
             assert_eq!(refusal(body), "{'_schema': ['Invalid input type.']}", "{body}");
         }
         assert_eq!(parse(b"\xff\xfe[\0]\0").unwrap_err().0, "{'_schema': ['Invalid input type.']}");
+    }
+
+    #[test]
+    fn a_value_with_half_a_character_is_a_text_and_no_name() {
+        let body = r#"[{"type":"domain","value":"one\ud800.example"},{"type":"ip","value":"192.0.2.1"}]"#;
+        let values: Vec<String> =
+            parse(body.as_bytes()).unwrap().iter().map(|o| o.value().to_owned()).collect();
+        assert_eq!(values, ["192.0.2.1"]);
+        assert_eq!(parse(br#"[{"type":"\udfff","value":"x"}]"#), Ok(vec![]));
+    }
+
+    #[test]
+    fn spellings_and_types_of_one_address_are_one_observable() {
+        let body = r#"[{"type":"ip","value":"::ffff:192.0.2.1"},{"type":"ip","value":"192.0.2.1"},{"type":"ipv6","value":"2001:db8::5"},
+            {"type":"ip","value":"2001:DB8:0::5"},{"type":"ipv6","value":"::FFFF:192.0.2.1"}]"#;
+        let asked = parse(body.as_bytes()).unwrap();
+        let asked: Vec<(&str, &str)> = asked.iter().map(|asked| (asked.kind(), asked.value())).collect();
+        assert_eq!(asked, [("ip", "::ffff:192.0.2.1"), ("ipv6", "2001:db8::5")]);
     }
 
     #[test]

@@ -9,7 +9,11 @@ use serde_json::value::RawValue;
 use warp::{Buf, reply::Response as Reply};
 
 use super::{Asked, Peer, Relay, error_reply, observables};
-use crate::{ctim::ErrorItem, cyberscan::CyberScan, enrich::Findings};
+use crate::{
+    ctim::ErrorItem,
+    cyberscan::{CyberScan, Preload},
+    enrich::Findings,
+};
 
 /// `{"sightings": {"count", "docs"}}`, or `{}` where there is none.
 #[derive(Serialize)]
@@ -24,7 +28,7 @@ struct Sightings {
     docs: Vec<Arc<RawValue>>,
 }
 
-pub(super) async fn observe<P: CyberScan>(
+pub(super) async fn observe<P: CyberScan + Preload>(
     relay: Arc<Relay<P>>,
     headers: HeaderMap,
     peer: Option<Peer>,
@@ -43,7 +47,7 @@ pub(super) async fn observe<P: CyberScan>(
     }
 }
 
-async fn sightings<P: CyberScan>(
+async fn sightings<P: CyberScan + Preload>(
     relay: &Relay<P>,
     headers: &HeaderMap,
     peer: Option<Peer>,

@@ -9,11 +9,11 @@ use warp::{Buf, reply::Response as Reply};
 use super::{Asked, Peer, Relay, error_reply, observables};
 use crate::{
     ctim::{ErrorItem, Reference},
-    cyberscan::CyberScan,
+    cyberscan::{CyberScan, Preload},
     enrich::Findings,
 };
 
-pub(super) async fn refer<P: CyberScan>(
+pub(super) async fn refer<P: CyberScan + Preload>(
     relay: Arc<Relay<P>>,
     headers: HeaderMap,
     peer: Option<Peer>,
@@ -30,7 +30,7 @@ pub(super) async fn refer<P: CyberScan>(
     }
 }
 
-async fn references<P: CyberScan>(
+async fn references<P: CyberScan + Preload>(
     relay: &Relay<P>,
     headers: &HeaderMap,
     peer: Option<Peer>,

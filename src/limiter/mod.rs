@@ -21,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
@@ -34,7 +35,7 @@ use self::{
     shared::{Account, Demand, Grant, SharedQuota},
 };
 use crate::{
-    cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse},
+    cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse, Quotas},
     live::Live,
     metrics::{Decision, Label, Metrics, QuotaScope, QuotaWindow, Urgency},
     redis_pool::{Redis, Unavailable},
@@ -482,7 +483,7 @@ impl Limiter {
     fn take_share(&self, tenant: &Tenant, calls: u32, priority: Priority) -> Grant {
         let (scopes, now) = ([tenant.scope.snapshot(), self.0.fleet.snapshot()], self.now());
         // Both are asked before either is taken from: what one grants and the other refuses would be lost.
-        let [own, all] = scopes.map(|scope| scope.wait_for_share(now));
+        let [own, all] = scopes.each_ref().map(|scope| scope.wait_for_share(now));
         // Prefetching can wait until the fleet counts together again.
         let granted = calls > 0 && own.max(all).is_zero() && priority == Priority::Interactive;
         if granted {
@@ -588,18 +589,22 @@ impl Admission for Limiter {
             shared.pause(tenant.id, pause).await;
         }
     }
+}
 
-    async fn quotas(&self, call: &Call) -> Vec<QuotaUse> {
-        let tenant = self.tenant(call.tenant.id());
-        let grant = self.take(&tenant, 0, Priority::Interactive).await;
-        let of = |windows: &[Window], of_fleet| {
-            let quota = move |window: &Window| (of_fleet, window.limit.get(), window.per);
-            windows.iter().map(quota).collect::<Vec<_>>()
-        };
-        let config = self.0.config.get();
-        let windows = [of(&config.tenant, false), of(&config.fleet, true)].concat();
-        let windows = windows.into_iter().zip(grant.used);
-        windows.map(|((of_fleet, limit, per), used)| QuotaUse { of_fleet, limit, per, used }).collect()
+impl Quotas for Limiter {
+    fn quotas<'a>(&'a self, tenant: &'a Arc<crate::tenant::Tenant>) -> BoxFuture<'a, Vec<QuotaUse>> {
+        Box::pin(async move {
+            let tenant = self.tenant(tenant.id());
+            let grant = self.take(&tenant, 0, Priority::Interactive).await;
+            let of = |windows: &[Window], of_fleet| {
+                let quota = move |window: &Window| (of_fleet, window.limit.get(), window.per);
+                windows.iter().map(quota).collect::<Vec<_>>()
+            };
+            let config = self.0.config.get();
+            let windows = [of(&config.tenant, false), of(&config.fleet, true)].concat();
+            let windows = windows.into_iter().zip(grant.used);
+            windows.map(|((of_fleet, limit, per), used)| QuotaUse { of_fleet, limit, per, used }).collect()
+        })
     }
 }
 

@@ -91,6 +91,11 @@ pub enum Behaviour {
     CloseBeforeAnswer,
     /// The normal answer with too big a `Content-Length`; then closes.
     TruncateBody,
+    /// The normal answer as gzip that ends in its middle, under this status.
+    CutGzip {
+        /// The status code.
+        code: u16,
+    },
     /// A redirect.
     Redirect {
         /// The `Location` header.
@@ -293,6 +298,11 @@ impl FakeCyberScan {
         self.state(|state| state.script.push((rule, 0)));
     }
 
+    /// As `rule` says and no other, without a moment of good behaviour in between.
+    pub fn script_only(&self, rule: Rule) {
+        self.state(|state| state.script = vec![(rule, 0)]);
+    }
+
     /// Behaves again.
     pub fn clear_script(&self) {
         self.state(|state| state.script.clear());
@@ -426,7 +436,11 @@ impl State {
         let normal = self.normal(call, &value, bearer, now);
         let status = match &behaviour {
             Some(Behaviour::Hang | Behaviour::CloseBeforeAnswer) => None,
-            Some(Behaviour::Status { code, .. } | Behaviour::Redirect { code, .. }) => Some(*code),
+            Some(
+                Behaviour::Status { code, .. }
+                | Behaviour::Redirect { code, .. }
+                | Behaviour::CutGzip { code },
+            ) => Some(*code),
             Some(Behaviour::Json(_) | Behaviour::Body(_) | Behaviour::GzipBomb | Behaviour::EndlessBody) => {
                 Some(200)
             }
@@ -526,6 +540,13 @@ async fn behave(behaviour: Behaviour, normal: Normal) -> io::Result<Response<Bod
             });
             let body = stream::iter([Ok(normal.body.into())]).chain(broken);
             with_length(tls::json(code, tls::streamed(body)), length)
+        }
+        Behaviour::CutGzip { code } => {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), Compression::default());
+            io::Write::write_all(&mut gzip, normal.body.as_bytes())?;
+            let mut body = gzip.finish()?;
+            body.truncate(body.len() / 2);
+            tls::with_header(tls::json(code, tls::whole(body)), header::CONTENT_ENCODING, "gzip")
         }
         Behaviour::Redirect { location, code } => {
             tls::with_header(tls::json(code, tls::whole("")), header::LOCATION, &location)

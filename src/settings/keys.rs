@@ -163,11 +163,13 @@ pub const KEYS: &[Key] = &[
     list("cyberscan.hosts", "host names, *.domain or *").live(),
     duration("cyberscan.timeout", ms(100), secs(600), "nobody answers sooner; nobody waits longer").live(),
     number("cyberscan.retries", 0, 10, "each costs a call").live(),
+    flag("cyberscan.private_addresses").live(),
     list("egress.allow_cidrs", NETWORKS),
     value("egress.proxy", "a URL such as http://proxy.example:3128").secret(),
     value("egress.extra_ca_file", "the path of a file with PEM certificates"),
     duration("egress.connect_timeout", ms(50), MINUTE, "nobody answers sooner; nobody waits longer"),
     one_of("ctim.tlp", &["white", "green", "amber", "red"]).live(),
+    flag("ctim.ip_details_page").live(),
     one_of("log.format", &["json", "text"]),
     value(
         "log.level",

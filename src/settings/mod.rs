@@ -213,11 +213,13 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let hosts = from.list("cyberscan.hosts", values::host_pattern);
     let timeout = from.duration("cyberscan.timeout");
     let retries = from.number("cyberscan.retries");
+    let private_addresses = from.flag("cyberscan.private_addresses");
     let allow_cidrs = from.list("egress.allow_cidrs", values::network);
     let proxy = from.optional("egress.proxy", values::proxy);
     let extra_ca_file = from.optional("egress.extra_ca_file", values::any::<PathBuf>);
     let connect_timeout = from.duration("egress.connect_timeout");
     let tlp = from.value("ctim.tlp", values::any);
+    let ip_details_page = from.flag("ctim.ip_details_page");
     let revalidate = from.duration("auth.revalidate");
     let memory = from.size("cache.memory");
     let soft_timeout = from.duration("cache.soft_timeout");
@@ -299,6 +301,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 hosts: hosts?.into_iter().collect(),
                 timeout: timeout?,
                 retries: u32::try_from(retries?).unwrap_or(u32::MAX),
+                private_addresses: private_addresses?,
                 revalidate: revalidate?,
             },
             egress: egress::Config {
@@ -311,6 +314,8 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             enrich: enrich::Config {
                 deadline: deadline?,
                 concurrency: concurrency?,
+                ip_details_page: ip_details_page?,
+                private_addresses: private_addresses?,
                 tlp: tlp?,
                 rendered_memory: memory? / 4,
             },

@@ -19,7 +19,8 @@ use tokio::time::Instant;
 use crate::{
     cache::{lead, reads::Note, tier::Name},
     ctim::Subject,
-    metrics::{Label, Operation, Resource},
+    cyberscan::RecordType,
+    metrics::Operation,
     redis_pool::{Redis, Unavailable},
     tenant::{Tenant, TenantId, hex, unhex},
 };
@@ -36,7 +37,7 @@ const IN_MEMORY: usize = 50_000;
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     name: Name,
-    resource: Resource,
+    record_type: RecordType,
     subject: Subject,
     /// Reads that are new.
     pub(super) reads: u32,
@@ -80,7 +81,7 @@ pub(super) struct Claimed {
 #[derive(Clone, Debug)]
 pub(super) struct Due {
     name: Name,
-    pub(super) resource: Resource,
+    pub(super) record_type: RecordType,
     pub(super) subject: Subject,
     /// Reads to be expected per life.
     pub(super) expected: f64,
@@ -100,7 +101,7 @@ impl Entry {
         };
         Self {
             name: note.key.name,
-            resource: note.key.resource,
+            record_type: note.key.record_type,
             subject: note.subject.clone(),
             reads: note.reads.take(),
             due,
@@ -112,13 +113,13 @@ impl Entry {
     /// An answer that was fetched although nobody has asked for it.
     pub(super) fn ahead(
         name: Name,
-        resource: Resource,
+        record_type: RecordType,
         subject: Subject,
         expires_in: Duration,
         life: Duration,
     ) -> Self {
         let due = Scheduling::In(expires_in.saturating_sub(lead(life)));
-        Self { name, resource, subject, reads: 0, due, life, unread: Some(true) }
+        Self { name, record_type, subject, reads: 0, due, life, unread: Some(true) }
     }
 }
 
@@ -127,7 +128,7 @@ impl Due {
     pub(super) fn renewed(self, asked: bool, expires_in: Duration, life: Duration) -> Entry {
         Entry {
             unread: asked.then_some(true),
-            ..Entry::ahead(self.name, self.resource, self.subject, expires_in, life)
+            ..Entry::ahead(self.name, self.record_type, self.subject, expires_in, life)
         }
     }
 
@@ -136,7 +137,7 @@ impl Due {
         Entry {
             due: Scheduling::Never,
             unread: Some(false),
-            ..Entry::ahead(self.name, self.resource, self.subject, self.life, self.life)
+            ..Entry::ahead(self.name, self.record_type, self.subject, self.life, self.life)
         }
     }
 }
@@ -188,7 +189,7 @@ impl Index {
         &self,
         tenant: &Tenant,
         most: usize,
-    ) -> Result<Vec<(Resource, Subject)>, Unavailable> {
+    ) -> Result<Vec<(RecordType, Subject)>, Unavailable> {
         match &self.shared {
             Some(shared) => shared.hottest(tenant, most).await,
             None => Ok(Vec::new()),
@@ -216,7 +217,7 @@ struct Own {
 }
 
 struct Known {
-    resource: Resource,
+    record_type: RecordType,
     subject: Subject,
     reads: f64,
     at: Instant,
@@ -252,7 +253,7 @@ impl Own {
 
     fn put_one(&mut self, entry: &Entry, now: Instant) -> Standing {
         let known = self.entries.entry(entry.name).or_insert_with(|| Known {
-            resource: entry.resource,
+            record_type: entry.record_type,
             subject: entry.subject.clone(),
             reads: 0.0,
             at: now,
@@ -301,7 +302,7 @@ impl Own {
                 self.schedule.insert((now + lease, name));
                 claimed.due.push(Due {
                     name,
-                    resource: known.resource,
+                    record_type: known.record_type,
                     subject: known.subject.clone(),
                     expected: known.expected(now),
                     unread: known.unread,
@@ -360,7 +361,7 @@ impl Shared {
                 let unread = entry.unread.map_or("-", |unread| if unread { "1" } else { "0" });
                 let sealed = seal.close(entry.name, &entry.subject).ok_or(Unavailable)?;
                 invocation.arg(hex(entry.name)).arg(entry.reads).arg(due).arg(millis(entry.life));
-                invocation.arg(entry.resource.as_str()).arg(sealed).arg(unread);
+                invocation.arg(entry.record_type.key_part()).arg(sealed).arg(unread);
             }
             let invocation = &invocation;
             let answer: Vec<u64> = self
@@ -386,11 +387,11 @@ impl Shared {
         let number = |at: usize| answer.get(at).and_then(|text| text.parse::<i64>().ok());
         let seal = Seal::of(tenant);
         let due = answer.get(2..).unwrap_or_default().chunks(7).filter_map(|fields| {
-            let [name, resource, subject, expected, unread, overdue, life] = fields else { return None };
+            let [name, record_type, subject, expected, unread, overdue, life] = fields else { return None };
             let name = unhex(name)?;
             Some(Due {
                 name,
-                resource: resource_of(resource)?,
+                record_type: type_named(record_type)?,
                 subject: seal.open(name, subject)?,
                 expected: expected.parse::<f64>().ok()? / 1000.0,
                 unread: unread == "1",
@@ -405,7 +406,7 @@ impl Shared {
         })
     }
 
-    async fn hottest(&self, tenant: &Tenant, most: usize) -> Result<Vec<(Resource, Subject)>, Unavailable> {
+    async fn hottest(&self, tenant: &Tenant, most: usize) -> Result<Vec<(RecordType, Subject)>, Unavailable> {
         let mut invocation = self.script.prepare_invoke();
         for key in keys(tenant) {
             invocation.key(key);
@@ -414,8 +415,8 @@ impl Shared {
         let answer = self.ask(&invocation).await?;
         let seal = Seal::of(tenant);
         let entries = answer.chunks(3).filter_map(|fields| {
-            let [name, resource, subject] = fields else { return None };
-            Some((resource_of(resource)?, seal.open(unhex(name)?, subject)?))
+            let [name, record_type, subject] = fields else { return None };
+            Some((type_named(record_type)?, seal.open(unhex(name)?, subject)?))
         });
         Ok(entries.collect())
     }
@@ -459,8 +460,8 @@ impl Seal {
     }
 }
 
-fn resource_of(text: &str) -> Option<Resource> {
-    Resource::ALL.iter().copied().find(|resource| resource.as_str() == text)
+fn type_named(text: &str) -> Option<RecordType> {
+    RecordType::ALL.iter().copied().find(|record_type| record_type.key_part() == text)
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -478,7 +479,7 @@ mod tests {
         let tenant = Tenant::new("api.example.com".parse().unwrap(), ApiKey::new("key".into()));
         let subject = Subject::parse("203.0.113.7").unwrap();
         let hour = Duration::from_secs(3_600);
-        let due_at_once = Entry::ahead([7; 16], Resource::Host, subject.clone(), Duration::ZERO, hour);
+        let due_at_once = Entry::ahead([7; 16], RecordType::Host, subject.clone(), Duration::ZERO, hour);
         index.put(&tenant, &[due_at_once]).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
 

@@ -45,10 +45,10 @@ use crate::{
         tier::{Key, SharedTier},
     },
     ctim::Subject,
-    cyberscan::{Call, CyberScan, Error, Priority},
+    cyberscan::{Call, CyberScan, Error, Priority, RecordType},
     egress::HostPatterns,
     live::Live,
-    metrics::{Metrics, Prefetch, Resource},
+    metrics::{Metrics, Prefetch},
     redis_pool::Redis,
     tenant::{Tenant, TenantId},
 };
@@ -92,20 +92,20 @@ pub trait Renew: Clone + Send + Sync + 'static {
     fn renew(
         &self,
         call: &Call,
-        resource: Resource,
+        record_type: RecordType,
         subject: &Subject,
     ) -> impl Future<Output = Result<Renewed, Error>> + Send;
 
     /// Brings answers from Redis into memory.
-    fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) -> impl Future<Output = ()> + Send;
+    fn warm(&self, tenant: TenantId, answers: &[(RecordType, Subject)]) -> impl Future<Output = ()> + Send;
 }
 
 impl<P: CyberScan, T: SharedTier> Renew for Cached<P, T> {
-    async fn renew(&self, call: &Call, resource: Resource, subject: &Subject) -> Result<Renewed, Error> {
-        self.renew_ahead(call, resource, subject).await
+    async fn renew(&self, call: &Call, record_type: RecordType, subject: &Subject) -> Result<Renewed, Error> {
+        self.renew_ahead(call, record_type, subject).await
     }
 
-    async fn warm(&self, tenant: TenantId, answers: &[(Resource, Subject)]) {
+    async fn warm(&self, tenant: TenantId, answers: &[(RecordType, Subject)]) {
         Cached::warm(self, tenant, answers).await;
     }
 }
@@ -272,7 +272,7 @@ impl<C: Renew> Worker<C> {
 
     /// Fetches what is known of an address that a domain leads to, in the background.
     fn fetch_relations(&self, tenant: &Arc<Tenant>, ip: IpAddr) {
-        for resource in [Resource::Vulnerabilities, Resource::Host] {
+        for record_type in [RecordType::Vulnerabilities, RecordType::Host] {
             let (this, tenant) = (self.clone(), Arc::clone(tenant));
             let Ok(place) = Arc::clone(&self.0.following).try_acquire_owned() else { return };
             self.0.tasks.spawn(async move {
@@ -280,10 +280,10 @@ impl<C: Renew> Worker<C> {
                 let turn = timeout(SOON, Arc::clone(&this.0.turns).acquire_owned()).await;
                 let Ok(Ok(turn)) = turn else { return };
                 let subject = Subject::Ip(ip);
-                let outcome = this.renew(turn, &tenant, resource, &subject).await;
+                let outcome = this.renew(turn, &tenant, record_type, &subject).await;
                 if let Ok(Renewed { asked: true, expires_in: Some(expires_in), life }) = outcome {
-                    let key = Key::new(&tenant, resource, &ip.to_string());
-                    let entry = Entry::ahead(key.name, resource, subject, expires_in, life);
+                    let key = Key::new(&tenant, record_type, &ip.to_string());
+                    let entry = Entry::ahead(key.name, record_type, subject, expires_in, life);
                     let _ = this.0.index.put(&tenant, &[entry]).await;
                 }
             });
@@ -332,7 +332,7 @@ impl<C: Renew> Worker<C> {
     fn renew_due(&self, turn: OwnedSemaphorePermit, tenant: &Arc<Tenant>, due: Due) {
         let (this, tenant) = (self.clone(), Arc::clone(tenant));
         self.0.tasks.spawn(async move {
-            let entry = match this.renew(turn, &tenant, due.resource, &due.subject).await {
+            let entry = match this.renew(turn, &tenant, due.record_type, &due.subject).await {
                 Ok(Renewed { asked, expires_in: Some(expires_in), life }) => {
                     due.renewed(asked, expires_in, life)
                 }
@@ -348,11 +348,11 @@ impl<C: Renew> Worker<C> {
         &self,
         _turn: OwnedSemaphorePermit,
         tenant: &Arc<Tenant>,
-        resource: Resource,
+        record_type: RecordType,
         subject: &Subject,
     ) -> Result<Renewed, Error> {
         let call = Call::new(Arc::clone(tenant), Instant::now() + RENEWAL, Priority::Prefetch);
-        let outcome = timeout(RENEWAL, self.0.cache.renew(&call, resource, subject)).await;
+        let outcome = timeout(RENEWAL, self.0.cache.renew(&call, record_type, subject)).await;
         let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: RENEWAL }));
         let pause = |pause: Duration| {
             self.with(tenant, |book| book.look = book.look.max(Instant::now() + pause));
@@ -401,11 +401,11 @@ mod tests {
     struct Renewing;
 
     impl Renew for Renewing {
-        async fn renew(&self, _: &Call, _: Resource, _: &Subject) -> Result<Renewed, Error> {
+        async fn renew(&self, _: &Call, _: RecordType, _: &Subject) -> Result<Renewed, Error> {
             Ok(Renewed { asked: true, expires_in: Some(HOUR), life: HOUR })
         }
 
-        async fn warm(&self, _: TenantId, _: &[(Resource, Subject)]) {}
+        async fn warm(&self, _: TenantId, _: &[(RecordType, Subject)]) {}
     }
 
     #[tokio::test(start_paused = true)]
@@ -423,7 +423,7 @@ mod tests {
         let tenant = Arc::new(Tenant::new("api.example.com".parse().unwrap(), ApiKey::new("key".into())));
         let subject = Subject::parse("203.0.113.7").unwrap();
         let note = Note {
-            key: Key::new(&tenant, Resource::Host, "203.0.113.7"),
+            key: Key::new(&tenant, RecordType::Host, "203.0.113.7"),
             tenant: Arc::clone(&tenant),
             subject,
             address: None,

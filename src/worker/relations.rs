@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::{cache::reads::Note, ctim::Subject, metrics::Resource};
+use crate::{cache::reads::Note, ctim::Subject, cyberscan::RecordType};
 
 /// How long after a domain its address counts as asked for because of it.
 const SOON: Duration = Duration::from_secs(30);
@@ -35,8 +35,8 @@ impl Relations {
     /// Takes in that something was read; addresses worth fetching go to `follow`.
     pub(super) fn read(&mut self, note: &Note, follow: &mut Vec<IpAddr>) {
         let now = Instant::now();
-        match (note.key.resource, &note.subject, note.address) {
-            (Resource::Domain, _, Some(ip)) => {
+        match (note.key.record_type, &note.subject, note.address) {
+            (RecordType::Domain, _, Some(ip)) => {
                 while let Some((since, old)) = self.order.front().copied()
                     && (now - since > SOON || self.order.len() >= WATCHED)
                 {
@@ -57,7 +57,7 @@ impl Relations {
                 }
             }
             // A domain brings the vulnerabilities of its address anyway; its record only who follows asks for.
-            (Resource::Host, Subject::Ip(ip), _)
+            (RecordType::Host, Subject::Ip(ip), _)
                 if self.watched.remove(ip).is_some_and(|since| now - since <= SOON) =>
             {
                 self.asked = self.asked * FADE + 1.0;

@@ -23,6 +23,7 @@ mod command_line;
 mod enrichment;
 mod faults;
 mod golden;
+mod in_front;
 mod limits;
 #[cfg(feature = "otel")]
 mod otel;
@@ -30,6 +31,7 @@ mod prefetch;
 mod redis_trouble;
 mod replicas;
 mod routes;
+mod same_everywhere;
 mod storms;
 mod tenancy;
 mod upstream;

@@ -64,7 +64,9 @@ async fn stream_about(
         ticks.tick().await;
         let relay = relays[number as usize % relays.len()];
         let about = number % distinct;
-        let (token, ip) = (token.to_owned(), format!("198.{net}.{}.{}", about / 250 % 250, about % 250));
+        // Not among those a fleet is warmed up with.
+        let ip = format!("198.{net}.{}.{}", 100 + about / 250 % 150, about % 250);
+        let token = token.to_owned();
         asking.spawn(async move {
             let at = Instant::now();
             let answer = ask(relay, &token, &[("ip", &ip)]).await;
@@ -497,4 +499,97 @@ async fn thousands_of_slow_clients_are_no_bother_and_all_have_to_leave() {
         assert_eq!(stays.len(), if read { count } else { 0 }, "{kind}");
         assert!(longest < Duration::from_secs(14), "{kind}: {longest:?}");
     }
+}
+
+/// What stands in front of CyberScan, and answers in its place while it is in trouble.
+fn in_its_place(number: usize) -> Behaviour {
+    const BODIES: [&str; 20] = [
+        "",
+        "<html><head><title>404 Not Found</title></head><body><h1>404 Not Found</h1><hr>nginx</body></html>",
+        "<!DOCTYPE html><html><body>Request blocked. Incident 4711.</body></html>",
+        "<html><form action=\"/login\"><input name=\"user\"></form></html>",
+        "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code></Error>",
+        "404 page not found\n",
+        "default backend - 404",
+        "upstream connect error or disconnect/reset before headers",
+        "null",
+        "true",
+        "0",
+        "\"not found\"",
+        "[]",
+        "[{\"error\":\"not found\"}]",
+        "{\"error\":\"not fo",
+        "{}{}",
+        "{'error': 'not found'}",
+        "callback({})",
+        "data: {}\n\n",
+        "\u{feff}{}",
+    ];
+    let code = [404, 200, 502][number % 3];
+    let body = BODIES[number / 3 % BODIES.len()].to_owned();
+    Behaviour::Status { code, retry_after: None, body }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_minute_of_something_else_in_cyberscans_place_is_no_all_clear_and_loses_no_finding() {
+    let _alone = alone().await;
+    let settings = [
+        ("RELAY_CACHE_FRESH", "1s"),
+        ("RELAY_CACHE_STALE_WHILE_REVALIDATE", "1s"),
+        ("RELAY_CACHE_NEGATIVE", "1s"),
+        ("RELAY_AUTH_REVALIDATE", "2s"),
+    ];
+    let fleet = Replicas::start(&settings).await;
+    let (token, cyberscan) = (fleet.sandbox.token(AUDIENCE), &fleet.sandbox.cyberscan);
+    // Fifty addresses that are known, asked again and again; others nobody has asked about.
+    let known = stream_about(50, &fleet.addresses(), &token, 18, 50, Duration::from_secs(3)).await;
+    assert_eq!(whole(&known).count(), known.len());
+    let trouble = CancellationToken::new();
+    cyberscan.script_only(Rule::any().does(in_its_place(0)));
+    let changing = async {
+        for number in 1.. {
+            if trouble.run_until_cancelled(sleep(Duration::from_millis(97))).await.is_none() {
+                return number;
+            }
+            cyberscan.script_only(Rule::any().does(in_its_place(number)));
+        }
+        0
+    };
+    let relays = fleet.addresses();
+    let asking = async {
+        let known = stream_about(50, &relays, &token, 18, 60, phase());
+        let new = stream(&relays, &token, 19, 40, phase());
+        let asked = tokio::join!(known, new);
+        trouble.cancel();
+        asked
+    };
+    let (ways, (known, new)) = tokio::join!(changing, asking);
+    cyberscan.clear_script();
+
+    // `seen` is all there is to find: an answer without it and without an error is an all-clear.
+    let all_clear =
+        |asked: &[Asked]| asked.iter().filter(|it| it.error.as_deref() == Some("nothing")).count();
+    let lost = known.len() - whole(&known).count();
+    let refused = new.iter().filter(|asked| asked.error.is_some()).count();
+    eprintln!(
+        "in CyberScan's place, {ways} ways: {} questions about what is known, {lost} unanswered; {} about what is new, \
+         {refused} refused; {} wrong all-clears",
+        known.len(),
+        new.len(),
+        all_clear(&known) + all_clear(&new),
+    );
+    assert_eq!((all_clear(&known), all_clear(&new), lost), (0, 0, 0));
+    assert_eq!(refused, new.len(), "nothing can be known of them");
+    // Every question may be asked again half a minute after its last failure at the latest.
+    let started = Instant::now();
+    loop {
+        let after = stream_about(50, &relays, &token, 18, 50, Duration::from_secs(1)).await;
+        let after_new = stream_about(40, &relays, &token, 19, 40, Duration::from_secs(1)).await;
+        assert_eq!(all_clear(&after) + all_clear(&after_new), 0);
+        if whole(&after).count() == 50 && whole(&after_new).count() == 40 {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(40), "not everything is back");
+    }
+    eprintln!("everything is back after {:?}", started.elapsed());
 }

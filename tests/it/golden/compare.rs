@@ -85,9 +85,9 @@ impl Question {
         }
     }
 
-    /// The `host` claim, less trailing slashes.
+    /// The `host` claim, less blanks around it and trailing slashes.
     fn host(&self) -> Option<&str> {
-        Some(text(&self.claims, "host")?.trim_end_matches('/'))
+        Some(text(&self.claims, "host")?.trim().trim_end_matches('/'))
     }
 
     /// `host:port` of CyberScan, if the `host` claim names one that may be contacted. Addresses
@@ -888,6 +888,10 @@ const CORRECTED: &[(&str, Want)] = &[
     ("host.conn_plain_http.", Want::Only(&[Cause::Unreachable, Cause::Tls])),
     ("host.conn_garbage_tls.", Want::Only(&[Cause::Unreachable, Cause::Tls])),
     ("host.conn_tls_hang.", Want::Only(&[Cause::Late, Cause::Unreachable])),
+    // What pasting leaves around a host does not make it malformed.
+    ("host.leading_space.", Want::Plain),
+    ("host.trailing_space.", Want::Plain),
+    ("host.newline.", Want::Plain),
     // Malformed or not allowed: never contacted.
     ("host.", Want::Only(&[Cause::Unreachable])),
     ("token.401.", Want::Only(&auth(WRONG_KEY))),
@@ -978,7 +982,9 @@ const CORRECTED: &[(&str, Want)] = &[
     ),
     // Duplicates are answered once.
     ("body.", Want::Recorded),
-    // Unsupported types, no domain names, no addresses.
+    // Looked up as 192.0.2.1, where nothing was found.
+    ("value.ip_ipv6_mapped.", Want::Empty),
+    // Unsupported types, no domain names, no addresses, addresses that are nobody's on the internet.
     ("value.", Want::Filtered),
     // Right but for a call without an address.
     ("mixed.404_then_ok.observe", Want::Recorded),
