@@ -48,10 +48,10 @@ make redis-url "redis://relay:$(cat "$directory/redis-password")@redis:6379/0"
 # Redis reads hashes, so the file that its container sees contains no password.
 #
 # relay: what src/cache, src/limiter and src/worker send, on keys of the relay only. No KEYS, SCAN, FLUSHALL, CONFIG or DEBUG: who
-#   steals this password can neither list what is kept nor reconfigure the server. HELLO and AUTH need no permission.
+#   steals this password can neither list what is kept nor reconfigure the server. INFO is for `doctor`. HELLO and AUTH need no permission.
 # operator: looks after the server, sees no key (redis-cli --user operator --askpass).
 # probe: the health check; may do nothing but ping, and so needs no password.
 make redis.acl "user default reset
-user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +del +pexpire +pttl +hget +hset +hdel +hlen +hkeys +hgetall +hincrby +hrandfield +zadd +zrem +zcard +zrange +zrangebyscore +xadd +xread +xrange +xrevrange +evalsha +script|load
+user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +del +pexpire +pttl +hget +hset +hdel +hlen +hkeys +hgetall +hincrby +hrandfield +zadd +zrem +zcard +zrange +zrangebyscore +xadd +xread +xrange +xrevrange +evalsha +script|load +info
 user operator on #$(hash_of redis-operator-password) resetchannels -@all +ping +info +dbsize +acl|log +slowlog|get +memory|stats +latency|latest
 user probe on nopass resetchannels -@all +ping"

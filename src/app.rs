@@ -16,8 +16,10 @@ use crate::{
     enrich::Enricher,
     http::{self, Relay},
     limiter::Limiter,
+    live::Live,
     metrics::Metrics,
     redis_pool::Redis,
+    reload::Reloads,
     settings::{Fault, Faults, Settings},
     telemetry::LogLevel,
     trace::{Exporting, Traces},
@@ -82,11 +84,11 @@ pub async fn run(
     admin: Option<(TcpListener, LogLevel)>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    serve(prepare(settings)?, listener, admin, shutdown).await
+    serve(prepare(settings)?, listener, admin, None, shutdown).await
 }
 
 /// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
-/// on that of `admin`.
+/// on that of `admin`. The settings change as `reloads` say.
 ///
 /// # Errors
 /// When a listener is gone.
@@ -94,12 +96,14 @@ pub async fn serve(
     prepared: Prepared,
     listener: TcpListener,
     admin: Option<(TcpListener, LogLevel)>,
+    reloads: Option<Reloads>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let Prepared { settings, clock, tasks, metrics, egress, traces: (traces, exporting), redis } = prepared;
     for Fault { key, source, message } in settings.warnings() {
         warn!(key, source, "the configuration looks odd: {message}");
     }
+    let started = settings.clone();
     let background = CancellationToken::new();
     exporting.start(&tasks, background.clone());
     let authenticator = Authenticator::new(
@@ -115,10 +119,10 @@ pub async fn serve(
     let with_redis = redis.is_some();
     let for_worker = redis.clone();
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
-    let limiter = Limiter::new(settings.limiter, redis, metrics.clone(), tasks.clone());
+    let limiter = Limiter::new(settings.limiter, redis.clone(), metrics.clone(), tasks.clone());
     let client =
         Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
-    let breaker = Breaker::new(client);
+    let breaker = Breaker::new(client.clone());
     let cached = Cached::new(
         breaker.clone(),
         settings.cache,
@@ -128,16 +132,47 @@ pub async fn serve(
         tasks.clone(),
         background.clone(),
     );
-    if settings.worker.enabled {
+    let worker = settings.worker.enabled.then(|| {
         let notes = cached.notes();
-        let worker =
-            Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone());
+        Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone())
+    });
+    if let Some(worker) = worker.clone() {
         tasks.spawn(worker.run(background.clone()));
     }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
+    let administration = Live::new(settings.admin);
+    let shutdown_delay = Live::new(settings.shutdown_delay);
     let relay =
-        Relay::new(authenticator.clone(), enricher, limiter.clone(), clock, &settings.http, metrics.clone());
+        Relay::new(authenticator.clone(), enricher.clone(), limiter.clone(), clock, &settings.http, metrics.clone());
     let service = http::service(&relay, traces);
+    metrics.config_reloaded.set((), 1);
+    metrics.config_reloaded_at.set((), clock.unix());
+    if let Some(reloads) = reloads {
+        let (authenticator, limiter, cached) = (authenticator.clone(), limiter.clone(), cached.clone());
+        let (administration, shutdown_delay) = (administration.clone(), shutdown_delay.clone());
+        let apply = move |new: &Settings| {
+            if let (Some(redis), Some(config)) = (&redis, &new.redis)
+                && redis.reconfigure(config).is_err()
+            {
+                warn!("the settings of Redis stay as they were");
+            }
+            limiter.reconfigure(new.limiter.clone());
+            client.reconfigure(new.cyberscan.clone());
+            cached.reconfigure(new.cache.clone());
+            if let Some(worker) = &worker {
+                worker.reconfigure(new.cyberscan.hosts.clone(), new.worker.refresh_ahead);
+            }
+            enricher.reconfigure(new.enrich.clone());
+            administration.set(new.admin.clone());
+            shutdown_delay.set(new.shutdown_delay);
+            relay.reconfigure(&new.http);
+            // Last: who is let in from now on finds everything else as it is meant.
+            authenticator.reconfigure(new.auth.clone(), new.cyberscan.hosts.clone());
+        };
+        let check = |settings| prepare(settings).map(drop);
+        let following = reloads.follow(started, check, apply, (metrics.clone(), clock), background.clone());
+        tasks.spawn(following);
+    }
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     if let Some((listener, log)) = admin {
         let (measured, cache, runtime) = (metrics.clone(), cached.clone(), Handle::current().metrics());
@@ -154,7 +189,7 @@ pub async fn serve(
             measure: Box::new(measure),
             log,
             redis: with_redis,
-            config: settings.admin,
+            config: administration,
         };
         tasks.spawn(admin::serve(listener, admin, background.clone()));
     }
@@ -172,7 +207,7 @@ pub async fn serve(
         shutdown.cancelled().await;
         metrics.ready.set((), 0);
         info!("draining");
-        sleep(settings.shutdown_delay).await;
+        sleep(**shutdown_delay.get()).await;
         draining.cancel();
     };
     let serving =

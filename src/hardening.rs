@@ -58,13 +58,25 @@ impl Hardened {
     #[must_use]
     pub fn connections(&self, wanted: NonZeroUsize) -> NonZeroUsize {
         let Some(files) = self.files else { return wanted };
-        let room = files.saturating_sub(LEAST_LEFT.max(files / 4));
-        let room = usize::try_from(room).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN);
+        let room = room(files);
         if room < wanted {
             warn!(files, connections = room, "the limit of open files allows fewer connections than are set");
         }
         wanted.min(room)
     }
+}
+
+/// Client connections that leave enough of `files` for everything else.
+fn room(files: u64) -> NonZeroUsize {
+    let room = files.saturating_sub(LEAST_LEFT.max(files / 4));
+    usize::try_from(room).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// How many files this process may have open at most, and how many client connections that allows; `None` for any
+/// number.
+#[must_use]
+pub fn open_files() -> Option<(u64, NonZeroUsize)> {
+    getrlimit(Resource::Nofile).maximum.map(|files| (files, room(files)))
 }
 
 #[cfg(test)]

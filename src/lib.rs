@@ -25,11 +25,13 @@ pub mod http;
 pub mod sandbox;
 pub mod telemetry;
 pub mod hardening;
+pub mod reload;
 pub mod settings;
 pub mod admin;
 pub mod app;
 pub mod probe;
 pub mod demo;
+pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 

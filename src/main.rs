@@ -5,16 +5,19 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
-    app, demo,
+    app, demo, doctor,
     hardening::{self, Hardened},
     http::server,
-    probe, settings,
+    probe,
+    reload::Reloads,
+    settings,
     settings::{Fault, Settings, Source},
     telemetry::{self, LogLevel},
 };
@@ -22,7 +25,10 @@ use http::Request;
 use http_body_util::Full;
 use secrecy::ExposeSecret;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Entries of all sizes come and go side by side: glibc's allocator keeps so many holes between them that a full
@@ -62,6 +68,8 @@ enum Command {
     },
     /// Check the configuration and print the settings in force, without secrets.
     Check,
+    /// Try what `check` cannot: names, certificates, answers, Redis, clocks, the public URL; or explain a token.
+    Doctor(doctor::Arguments),
     /// Ask a relay running on this machine whether it serves; for containers.
     Healthcheck,
     /// Have a relay running on this machine, and all replicas, forget answers; needs `admin.token`.
@@ -120,6 +128,9 @@ fn main() -> ExitCode {
     // Before anything else: the environment may hold secrets already.
     let hardened = hardening::harden();
     let CommandLine { command, configuration } = CommandLine::parse();
+    if let Some(Command::Doctor(arguments)) = &command {
+        return doctor::run(arguments, configuration.config.as_deref());
+    }
     match run(command.unwrap_or(Command::Serve), &configuration, &hardened) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -135,12 +146,14 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
     let settings = || source.load();
     match command {
         Command::Serve => {
+            let asked = Arc::<Notify>::default();
+            let reloads = Reloads::new(source.clone(), Arc::clone(&asked));
             let mut settings = settings()?;
             let log = telemetry::init(&settings.log);
             hardened.tell();
             let connections = &mut settings.http.connections.max_connections;
             *connections = hardened.connections(*connections);
-            let served = runtime.block_on(serve(settings, log.clone()));
+            let served = runtime.block_on(serve(settings, log.clone(), reloads, asked));
             log.drain();
             served
         }
@@ -149,6 +162,8 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
             demo::run(listen, once, shutdown).await
         }),
         Command::Check => runtime.block_on(async { check(settings()?) }),
+        // Its exit status says more than success: see `main`.
+        Command::Doctor(_) => Ok(()),
         Command::Healthcheck => runtime.block_on(healthcheck(settings()?.listen)),
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -172,8 +187,14 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
     }
 }
 
-async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
+async fn serve(
+    settings: Settings,
+    log: LogLevel,
+    reloads: Reloads,
+    asked: Arc<Notify>,
+) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signals()?;
+    reload_on_signal(asked)?;
     let listen = |key: &str, address: SocketAddr| {
         server::listen(address).with_context(|| format!("{key}: cannot listen on {address}"))
     };
@@ -181,10 +202,10 @@ async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
     let prepared = app::prepare(settings)?;
     let listener = listen("listen", public)?;
     let admin = match admin {
-        Some(address) => Some((listen("admin.listen", address)?, log)),
+        Some(address) => Some((listen("admin.listen", address)?, log.clone())),
         None => None,
     };
-    app::serve(prepared, listener, admin, shutdown).await
+    app::serve(prepared, listener, admin, Some(reloads.logging_by(log)), shutdown).await
 }
 
 async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
@@ -224,6 +245,18 @@ async fn healthcheck(listen: SocketAddr) -> anyhow::Result<()> {
     let request = Request::get("/watchdog").header("host", "localhost").header("health-check", "ok");
     let answer = probe::call(listen, request.body(Full::default())?).await?;
     ensure!(answer.status().is_success(), "the relay answered with status {}", answer.status());
+    Ok(())
+}
+
+/// Each SIGHUP asks for a reload; some in a row may ask for one.
+fn reload_on_signal(asked: Arc<Notify>) -> anyhow::Result<()> {
+    let mut hang_up = signal(SignalKind::hangup())?;
+    #[expect(clippy::disallowed_methods, reason = "it waits for signals as long as the process lives")]
+    tokio::spawn(async move {
+        while hang_up.recv().await.is_some() {
+            asked.notify_one();
+        }
+    });
     Ok(())
 }
 

@@ -219,6 +219,36 @@ pub fn fit(urls: &[Url], mode: Mode) -> Result<(), &'static str> {
     }
 }
 
+impl Url {
+    /// Where it leads: host and port, nothing else.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
+    }
+
+    /// Whether it leads to this machine itself.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        let address = self.host.parse::<std::net::IpAddr>();
+        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    }
+
+    /// Whether it asks for TLS.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.tls
+    }
+
+    /// Whether it has a password.
+    #[must_use]
+    pub fn has_password(&self) -> bool {
+        self.login.password.is_some()
+    }
+}
+
 /// The operation did not happen, or nobody knows whether it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("redis is not available")]
@@ -362,6 +392,14 @@ impl Redis {
             self.complain(Some(&error));
             Unavailable
         })
+    }
+
+    /// As [`Redis::own_link`], with the reason where there is none and without a time-out, for whoever diagnoses.
+    ///
+    /// # Errors
+    /// The driver's error. Its text may quote what a server said.
+    pub async fn try_link(&self) -> RedisResult<Link> {
+        self.0.pool.snapshot().connect().await
     }
 
     /// Whether the last operation that was tried worked.

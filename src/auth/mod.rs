@@ -8,6 +8,7 @@
 mod claims;
 mod document;
 pub mod error;
+pub(crate) mod explain;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod jwks;

@@ -102,6 +102,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const BLOCK: usize = 16;
 /// How many failed questions are remembered.
 const FAILURES: u64 = 10_000;
+/// The longest `cache.fill_timeout` there can be.
+const LONGEST_FILL: Duration = Duration::from_secs(600);
 /// How many tenants are remembered as accepted.
 const TENANTS: u64 = 10_000;
 /// How often a replica looks again while another fetches, if it is not told.
@@ -326,14 +328,13 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             accepted: Cache::builder()
                 .max_capacity(TENANTS)
                 .support_invalidation_closures()
-                .time_to_live(config.longest_life().max(config.revalidate))
                 .build(),
             authentications: Flights::new(tasks.clone()),
             refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
             purged: Mutex::default(),
             purged_answers: Cache::builder()
                 .max_capacity(FAILURES)
-                .time_to_live(4 * config.fill_timeout)
+                .time_to_live(4 * LONGEST_FILL)
                 .build(),
             next,
             config: live,
@@ -1047,7 +1048,9 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
     /// A key counts as accepted for `auth.revalidate`. While CyberScan cannot be asked, one that was
     /// accepted before goes on being served from what is kept.
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
-        let before = self.0.accepted.get(&call.tenant.id());
+        let config = self.0.config.snapshot();
+        let longest = config.longest_life().max(config.revalidate);
+        let before = self.0.accepted.get(&call.tenant.id()).filter(|at| at.elapsed() < longest);
         match before {
             Some(at) if at.elapsed() < self.0.config.get().revalidate => Ok(at),
             Some(at) => {

@@ -1,6 +1,8 @@
 //! The envelope of every answer: `data`, `errors`, or both. It owns the shape; it must not know
 //! which cause gets which words.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// `{"data": …, "errors": […]}`; `errors` is absent where there is none, `data` where nothing
@@ -82,6 +84,12 @@ pub enum ErrorCode {
     /// A warning: the answer is cut short.
     #[serde(rename = "too-many-messages-warning")]
     LeftOut,
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// How bad an error is.

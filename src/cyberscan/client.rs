@@ -52,7 +52,7 @@ pub struct Config {
 }
 
 /// Who we are, as CyberScan has always known relays of this family.
-const USER_AGENT: HeaderValue =
+pub(crate) const USER_AGENT: HeaderValue =
     HeaderValue::from_static("SecureX Threat Response Integrations <tr-integrations-support@cisco.com>");
 /// The most bytes of an answer, decoded.
 const BODY: usize = 2 << 20;

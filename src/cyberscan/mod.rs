@@ -86,9 +86,18 @@ pub trait Quotas: Send + Sync + 'static {
     fn quotas<'a>(&'a self, tenant: &'a Arc<Tenant>) -> BoxFuture<'a, Vec<QuotaUse>>;
 }
 
-/// No quotas.
-#[cfg(any(test, fuzzing))]
+/// No quotas: each call may be made at once.
 pub(crate) struct Unlimited;
+
+impl Admission for Unlimited {
+    type Permit = ();
+
+    async fn admit(&self, _: &Call) -> Result<(), Error> {
+        Ok(())
+    }
+
+    async fn answered(&self, _: &Call, _: Pace) {}
+}
 
 #[cfg(any(test, fuzzing))]
 impl Quotas for Unlimited {

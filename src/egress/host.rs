@@ -163,6 +163,21 @@ impl HostPatterns {
         Self(self.0.iter().cloned().chain(more.map(|pattern| pattern.0)).collect())
     }
 
+    /// The hosts that are named: those listed exactly, and the domain of each `*.domain` where it is allowed itself.
+    #[must_use]
+    pub fn named(&self) -> Vec<Host> {
+        let mut named = Vec::new();
+        for pattern in &self.0 {
+            let host = match pattern {
+                Pattern::Any => None,
+                Pattern::Below(parent) => Some(Host { name: Name::Dns(parent.clone()), port: HTTPS }),
+                Pattern::Exactly(host) => Some(host.clone()),
+            };
+            named.extend(host.filter(|host| self.allow(host) && !named.contains(host)));
+        }
+        named
+    }
+
     /// Whether `host` may be called.
     ///
     /// A port other than 443, an IP literal and a name without a dot have to be listed exactly:
@@ -293,6 +308,16 @@ mod tests {
         assert!(allowed("*,localhost:8443", "localhost:8443"));
         assert!(!allowed("*,localhost:8443", "localhost"));
         assert!(allowed("10.1.2.3", "10.1.2.3"));
+    }
+
+    #[test]
+    fn the_hosts_that_are_named_are_allowed_and_each_is_named_once() {
+        let named =
+            |list: &str| -> Vec<String> { patterns(list).named().iter().map(ToString::to_string).collect() };
+        assert_eq!(named("cyberscan.io,*.cyberscan.io"), ["cyberscan.io"]);
+        assert_eq!(named("*.cyberscan.io,localhost:8443,a.example"), ["localhost:8443", "a.example"]);
+        assert_eq!(named("*,*.example.com"), ["example.com"]);
+        assert!(named("*").is_empty());
     }
 
     proptest! {

@@ -89,11 +89,7 @@ impl<P: CyberScan + Preload> Enricher<P> {
 
     /// Answers as `config` says from now on.
     pub fn reconfigure(&self, config: Config) {
-        let old = self.config.snapshot();
         self.config.set(config);
-        if old.tlp != config.tlp {
-            self.rendered.forget();
-        }
     }
 
     /// When the answer to a request that came now is due.

@@ -188,12 +188,16 @@ impl Limiter {
     /// Limits as `config` says from now on. A quota of the same length goes on counting; how many calls may be under way
     /// at once does not change.
     pub fn reconfigure(&self, config: Config) {
-        let concurrency = self.0.config.get().concurrency;
-        let (now, share) = (self.now(), config.fallback_share);
+        let (old, now, share) = (self.0.config.snapshot(), self.now(), config.fallback_share);
+        let same = (&old.tenant, &old.fleet, old.fallback_share) == (&config.tenant, &config.fleet, share);
+        let config = Config { concurrency: old.concurrency, ..config };
+        if same {
+            return self.0.config.set(config);
+        }
         self.0.fleet.set(self.0.fleet.snapshot().succeeded_by(&config.fleet, share, now));
         let tenant_windows = config.tenant.clone();
         // First for those who are new, then for those there are.
-        self.0.config.set(Config { concurrency, ..config });
+        self.0.config.set(config);
         for (_, tenant) in &self.0.tenants {
             tenant.scope.set(tenant.scope.snapshot().succeeded_by(&tenant_windows, share, now));
             *lock(&tenant.used) = None;

@@ -162,7 +162,7 @@ async fn a_body_without_end_costs_a_few_megabytes_and_is_an_error_item() {
 // Certificates.
 
 /// Servers whose certificates nobody should believe, each on a port of its own.
-mod untrusted {
+pub(crate) mod untrusted {
     use std::{
         net::Ipv4Addr,
         path::Path,
@@ -189,13 +189,13 @@ mod untrusted {
     use crate::redis::free_port;
 
     /// An authority, as good as its certificate in a trust store.
-    pub(super) struct Authority {
+    pub(crate) struct Authority {
         issuer: CertifiedIssuer<'static, KeyPair>,
         key_pem: String,
     }
 
     impl Authority {
-        pub(super) fn new(name: &str) -> Self {
+        pub(crate) fn new(name: &str) -> Self {
             let mut params = CertificateParams::default();
             params.distinguished_name.push(DnType::CommonName, name);
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -204,16 +204,31 @@ mod untrusted {
             Self { issuer: CertifiedIssuer::self_signed(params, key).unwrap(), key_pem }
         }
 
-        pub(super) fn pem(&self) -> String {
+        pub(crate) fn pem(&self) -> String {
             self.issuer.pem()
         }
     }
 
     /// Handshakes a client went through with, although it should not have.
-    pub(super) static BELIEVED: AtomicU32 = AtomicU32::new(0);
+    pub(crate) static BELIEVED: AtomicU32 = AtomicU32::new(0);
 
     /// Serves with a certificate for `name`, good from `from` to `to` (years), signed by `by` or by itself.
-    pub(super) async fn serve(name: &str, (from, to): (i32, i32), by: Option<&Authority>) -> u16 {
+    pub(crate) async fn serve(name: &str, (from, to): (i32, i32), by: Option<&Authority>) -> u16 {
+        let acceptor = acceptor(name, (from, to), by);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if acceptor.accept(stream).await.is_ok() {
+                    BELIEVED.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        port
+    }
+
+    /// What serves with such a certificate.
+    pub(crate) fn acceptor(name: &str, (from, to): (i32, i32), by: Option<&Authority>) -> TlsAcceptor {
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
         (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
@@ -230,22 +245,12 @@ mod untrusted {
             .with_no_client_auth()
             .with_single_cert(vec![certificate.unwrap().der().clone()], key)
             .unwrap();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                if acceptor.accept(stream).await.is_ok() {
-                    BELIEVED.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        });
-        port
+        TlsAcceptor::from(Arc::new(config))
     }
 
     /// OpenSSL's own server, for what no library of ours would do; its certificate is for localhost, with a key of
     /// `kind`, signed by `by`, and whatever else `arguments` say.
-    pub(super) async fn openssl(
+    pub(crate) async fn openssl(
         directory: &Path,
         kind: &str,
         by: &Authority,
@@ -428,7 +433,7 @@ async fn what_is_no_key_set_replaces_none() {
 // The clock.
 
 /// A library that moves a process's wall clock, compiled for the test; and where it reads by how much.
-async fn wall_clock(directory: &Path) -> (String, String, File) {
+pub(crate) async fn wall_clock(directory: &Path) -> (String, String, File) {
     let (library, jump) = (directory.join("wall_clock.so"), directory.join("jump"));
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/wall_clock.c");
     let mut compiler = Command::new("cc");

@@ -20,6 +20,7 @@ mod admin;
 mod attacks;
 mod canary;
 mod command_line;
+mod doctor;
 mod enrichment;
 mod faults;
 mod golden;

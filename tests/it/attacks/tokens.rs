@@ -1,7 +1,7 @@
 //! Tokens, from `tests/attacks/tokens.jsonl`: what is forged, bent or expired is refused on every
 //! route with the words for it, and what is merely unusual is believed.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 use aws_lc_rs::{
     hmac,
@@ -16,7 +16,9 @@ use base64::{
 };
 use cyberscan_relay::{
     clock::Clock,
+    doctor::explain_token,
     sandbox::{Call, Options, Sandbox},
+    settings::Settings,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -26,7 +28,7 @@ use super::{
     Trap,
     cases::{cases, check_each, fill, fill_all},
 };
-use crate::harness::{AUDIENCE, TestRelay, list};
+use crate::harness::{AUDIENCE, TestRelay, list, sandbox_settings};
 
 /// One token. What is not said is as in a good one.
 #[derive(Debug, Deserialize)]
@@ -362,4 +364,65 @@ async fn every_token_is_answered_as_it_deserves_on_every_route_and_only_the_issu
     let fetches = relay.sandbox.issuer.fetches();
     let most = 3 + started.elapsed().as_secs() / 30;
     assert!(fetches <= most, "{fetches} fetches of the key set for {} tokens", 3 * cases.len());
+}
+
+/// Whatever a relay says of a token, `doctor --token` says as well.
+#[tokio::test]
+async fn doctor_and_the_relay_never_disagree_about_a_token() {
+    let cases: Vec<Case> = cases(include_str!("../../attacks/tokens.jsonl"));
+    let relay = TestRelay::start().await;
+    let stranger = Sandbox::start(Options::default()).await.unwrap();
+    let trap = Trap::set().await;
+    let forge = Forge { sandbox: &relay.sandbox, stranger: &stranger, trap: trap.address() };
+    let ca = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(ca.path(), &relay.sandbox.ca_pem).unwrap();
+    let settings = sandbox_settings(&relay.sandbox, ca.path().to_str().unwrap());
+    let settings = Settings::load(None, settings).unwrap();
+    // What a file can say: a token, or one line of a head. Faults of HTTP itself are no token's.
+    let usual = usual_lines();
+    let told: Vec<&Case> = cases
+        .iter()
+        .filter(|case| !matches!(case.expect.as_str(), "400" | "431"))
+        .filter(|case| match &case.lines[..] {
+            [line] => line.to_ascii_lowercase().starts_with("authorization:"),
+            _ => false,
+        })
+        .collect();
+    assert!(told.len() > 300, "{} tokens", told.len());
+    check_each(&told, async |case| {
+        let token = forge.token(case);
+        let text = if case.lines == usual && !token.is_empty() {
+            token.clone()
+        } else {
+            fill(&case.lines[0], &|_| Some(token.clone()))
+        };
+        let explained = explain_token(&settings, &text, None, Duration::from_secs(5)).await.unwrap();
+        let (_, answer) = ask(&relay, case, &token, "/health").await;
+        let fatal = answer["errors"].as_array().and_then(|errors| errors.first()).cloned();
+        let said = explained.answer.as_ref().map(|error| serde_json::to_value(error).unwrap());
+        assert_eq!(said, fatal, "{}: {:#}", case.name, explained.json());
+        // The first check that fails is the one that decides.
+        let report = explained.json();
+        let failed = report["checks"].as_array().unwrap().iter().find(|check| check["outcome"] == "failed");
+        let expected: &[&str] = match case.expect.as_str() {
+            "good" => &[""],
+            "no header" => &["header"],
+            "scheme" => &["scheme"],
+            "structure" => &["shape", "algorithm", "times"],
+            "no issuer" => &["jwks_host"],
+            "issuer" => &["allow-list"],
+            "kid" => &["kid"],
+            "signature" => &["signature"],
+            "expired" | "early" => &["times"],
+            "audience" => &["audience"],
+            "claims" => &["claims"],
+            "key" => &["api_key"],
+            "host" => &["host", "api_key"],
+            other => panic!("{other}"),
+        };
+        let failed = failed.map_or("", |check| check["check"].as_str().unwrap());
+        assert!(expected.contains(&failed), "{}: {failed}", case.name);
+    })
+    .await;
+    assert!(trap.is_untouched().await);
 }
