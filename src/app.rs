@@ -142,8 +142,14 @@ pub async fn serve(
     let enricher = Enricher::new(cached.clone(), settings.enrich);
     let administration = Live::new(settings.admin);
     let shutdown_delay = Live::new(settings.shutdown_delay);
-    let relay =
-        Relay::new(authenticator.clone(), enricher.clone(), limiter.clone(), clock, &settings.http, metrics.clone());
+    let relay = Relay::new(
+        authenticator.clone(),
+        enricher.clone(),
+        limiter.clone(),
+        clock,
+        &settings.http,
+        metrics.clone(),
+    );
     let service = http::service(&relay, traces);
     metrics.config_reloaded.set((), 1);
     metrics.config_reloaded_at.set((), clock.unix());

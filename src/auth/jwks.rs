@@ -244,11 +244,7 @@ impl Shared {
 
 impl Issuer {
     fn new(address: &IssuerAddress) -> Arc<Self> {
-        Arc::new(Self {
-            address: address.clone(),
-            set: ArcSwapOption::empty(),
-            fetches: Mutex::default(),
-        })
+        Arc::new(Self { address: address.clone(), set: ArcSwapOption::empty(), fetches: Mutex::default() })
     }
 
     /// Held for a few assignments; nothing in between can panic, so poison is ignored.

@@ -325,17 +325,11 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             prefetches: Flights::new(tasks.clone()),
             notes: OnceLock::new(),
             failures: Cache::builder().max_capacity(FAILURES).time_to_live(2 * LONGEST_PAUSE).build(),
-            accepted: Cache::builder()
-                .max_capacity(TENANTS)
-                .support_invalidation_closures()
-                .build(),
+            accepted: Cache::builder().max_capacity(TENANTS).support_invalidation_closures().build(),
             authentications: Flights::new(tasks.clone()),
             refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
             purged: Mutex::default(),
-            purged_answers: Cache::builder()
-                .max_capacity(FAILURES)
-                .time_to_live(4 * LONGEST_FILL)
-                .build(),
+            purged_answers: Cache::builder().max_capacity(FAILURES).time_to_live(4 * LONGEST_FILL).build(),
             next,
             config: live,
             tasks: tasks.clone(),
@@ -674,7 +668,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     fn keep<K: Kind>(&self, key: &Key, entry: &Entry<K>, born: Instant) -> Kept {
         let weight = entry.record.as_ref().map_or(0, |record| record.weight());
         let kept = entry.keep(key, born, weight);
-        let dead = K::policy(&self.0.config.get()).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
+        let dead =
+            K::policy(&self.0.config.get()).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
         if !dead && entry.version > self.purged_before(key) {
             use moka::ops::compute::Op;
             self.0.memory.entry_by_ref(&key.name).and_compute_with(|present| match present {

@@ -64,7 +64,11 @@ pub struct Enricher<P> {
 
 impl<P> Clone for Enricher<P> {
     fn clone(&self) -> Self {
-        Self { cyberscan: Arc::clone(&self.cyberscan), rendered: self.rendered.clone(), config: self.config.clone() }
+        Self {
+            cyberscan: Arc::clone(&self.cyberscan),
+            rendered: self.rendered.clone(),
+            config: self.config.clone(),
+        }
     }
 }
 

@@ -436,9 +436,7 @@ impl Limiter {
         match shared.take(&demand).await {
             Ok(grant) => {
                 let (born, now) = (grant.born.split_at(of_tenant.len()), self.now());
-                for (scope, told, born) in
-                    [(&own, &of_tenant, born.0), (&fleet, &of_fleet, born.1)]
-                {
+                for (scope, told, born) in [(&own, &of_tenant, born.0), (&fleet, &of_fleet, born.1)] {
                     scope.settle(told);
                     scope.recall(now, told, born);
                     scope.note(now, grant.calls);

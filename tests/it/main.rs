@@ -30,6 +30,7 @@ mod limits;
 mod otel;
 mod prefetch;
 mod redis_trouble;
+mod reload;
 mod replicas;
 mod routes;
 mod same_everywhere;
