@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::{net::TcpListener, runtime::Handle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     admin::{self, Admin},
@@ -12,7 +12,7 @@ use crate::{
     cache::{Cached, redis::RedisTier},
     clock::Clock,
     cyberscan::{Breaker, Client},
-    egress::Http,
+    egress::{self, Http},
     enrich::Enricher,
     http::{
         self, Relay,
@@ -20,19 +20,74 @@ use crate::{
         tls::{Pair, TlsAcceptor},
     },
     limiter::Limiter,
+    live::Live,
     metrics::{Listener, Metrics},
     redis_pool::Redis,
-    settings::Settings,
+    reload::Reloads,
+    settings::{Fault, Faults, Settings},
     telemetry::LogLevel,
-    trace::Traces,
+    trace::{Exporting, Traces},
     worker::Worker,
 };
 
 /// How long background tasks may take to end after the last request.
 const LAST_TASKS: Duration = Duration::from_secs(2);
 
-/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
-/// on that of `admin`.
+/// Everything that serving needs and might not get: files have been read, TLS and the connections' clients are set up.
+/// Nothing is connected yet, and no port is taken.
+pub struct Prepared {
+    settings: Settings,
+    clock: Clock,
+    tasks: TaskTracker,
+    metrics: Metrics,
+    egress: Http,
+    traces: (Traces, Exporting),
+    redis: Option<Redis>,
+    tls: Option<Pair>,
+}
+
+/// Sets up what `settings` say. Both `check` and `serve` go through here, so that the one finds what the other would.
+///
+/// # Errors
+/// All parts that cannot be set up.
+pub fn prepare(settings: Settings) -> Result<Prepared, Faults> {
+    let mut faults = Vec::new();
+    let source = |key: &str| {
+        let set = settings.effective().iter().find(|set| set.key == key);
+        set.map_or_else(|| "set-up".to_owned(), |set| set.source.clone())
+    };
+    // What a library says might quote a secret: it is not repeated.
+    let mut fault = |key: &str, message: String| {
+        faults.push(Fault { key: key.to_owned(), source: source(key), message });
+    };
+    let (tasks, metrics) = (TaskTracker::new(), Metrics::new());
+    let egress = Http::new(&settings.egress);
+    if let Err(error) = &egress {
+        let told = error.downcast_ref::<egress::tls::SetUpError>().map(ToString::to_string);
+        fault("egress", told.unwrap_or_else(|| "calls through egress.proxy cannot be set up".to_owned()));
+    }
+    let traces = Traces::new(settings.traces.as_ref(), &settings.egress);
+    if traces.is_err() {
+        fault("telemetry.otlp_endpoint", "calls to the collector cannot be set up".to_owned());
+    }
+    let redis = settings.redis.as_ref().map(|config| Redis::new(config, metrics.clone(), tasks.clone()));
+    let redis = redis.transpose();
+    if redis.is_err() {
+        fault("redis.url", "the connection cannot be set up".to_owned());
+    }
+    let tls = settings.http.tls.as_ref().map(Pair::load).transpose();
+    if let Err(error) = &tls {
+        fault(error.setting, format!("{}: {}", error.path.display(), error.fault));
+    }
+    match (egress, traces, redis, tls) {
+        (Ok(egress), Ok(traces), Ok(redis), Ok(tls)) => {
+            Ok(Prepared { settings, clock: Clock::system(), tasks, metrics, egress, traces, redis, tls })
+        }
+        _ => Err(Faults(faults)),
+    }
+}
+
+/// Prepares `settings` and serves as [`serve`] does, without reloads.
 ///
 /// # Errors
 /// When a part cannot be set up: a certificate file that cannot be read, TLS without any root.
@@ -42,15 +97,29 @@ pub async fn run(
     admin: Option<(TcpListener, LogLevel)>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    if settings.auth.audiences.is_empty() {
-        warn!("auth.audiences is not set: the audience of tokens is derived from each request's Host header");
+    serve(prepare(settings)?, listener, admin, None, shutdown).await
+}
+
+/// Serves on `listener` until `shutdown` is cancelled and everything under way has ended; operators are served
+/// on that of `admin`. The settings change as `reloads` say.
+///
+/// # Errors
+/// When a listener is gone.
+pub async fn serve(
+    prepared: Prepared,
+    listener: TcpListener,
+    admin: Option<(TcpListener, LogLevel)>,
+    reloads: Option<Reloads>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let Prepared { settings, clock, tasks, metrics, egress, traces: (traces, exporting), redis, tls } =
+        prepared;
+    for Fault { key, source, message } in settings.warnings() {
+        warn!(key, source, "the configuration looks odd: {message}");
     }
-    let clock = Clock::system();
-    let tasks = TaskTracker::new();
-    let metrics = Metrics::new();
+    let started = settings.clone();
     let background = CancellationToken::new();
-    let egress = Http::new(&settings.egress)?;
-    let traces = Traces::start(settings.traces.as_ref(), &settings.egress, &tasks, background.clone())?;
+    exporting.start(&tasks, background.clone());
     let authenticator = Authenticator::new(
         settings.auth,
         settings.cyberscan.hosts.clone(),
@@ -59,19 +128,15 @@ pub async fn run(
         metrics.clone(),
         tasks.clone(),
     );
-    let redis = match &settings.redis {
-        Some(config) => Some(Redis::new(config, metrics.clone(), tasks.clone())?),
-        None => None,
-    };
     // Without a Redis nothing is missing.
     metrics.redis_up.set((), i64::from(redis.is_none()));
     let with_redis = redis.is_some();
     let for_worker = redis.clone();
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
-    let limiter = Limiter::new(settings.limiter, redis, metrics.clone(), tasks.clone());
+    let limiter = Limiter::new(settings.limiter, redis.clone(), metrics.clone(), tasks.clone());
     let client =
         Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
-    let breaker = Breaker::new(client);
+    let breaker = Breaker::new(client.clone());
     let cached = Cached::new(
         breaker.clone(),
         settings.cache,
@@ -81,22 +146,66 @@ pub async fn run(
         tasks.clone(),
         background.clone(),
     );
-    if settings.worker.enabled {
+    let worker = settings.worker.enabled.then(|| {
         let notes = cached.notes();
-        let worker =
-            Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone());
+        Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone())
+    });
+    if let Some(worker) = worker.clone() {
         tasks.spawn(worker.run(background.clone()));
     }
     let enricher = Enricher::new(cached.clone(), settings.enrich);
-    let relay =
-        Relay::new(authenticator.clone(), enricher, limiter.clone(), clock, &settings.http, metrics.clone());
+    let administration = Live::new(settings.admin);
+    let shutdown_delay = Live::new(settings.shutdown_delay);
+    let relay = Relay::new(
+        authenticator.clone(),
+        enricher.clone(),
+        limiter.clone(),
+        clock,
+        &settings.http,
+        metrics.clone(),
+    );
     let service = http::service(&relay, traces);
-    let tls = match &settings.http.tls {
-        Some(files) => Some(TlsAcceptor::new(Pair::load(files)?, clock, metrics.clone())),
-        None => None,
-    };
+    let tls = tls.map(|pair| TlsAcceptor::new(pair, clock, metrics.clone()));
     if let Some(tls) = tls.clone() {
         tasks.spawn(tls.watch(background.clone()));
+    }
+    metrics.config_reloaded.set((), 1);
+    metrics.config_reloaded_at.set((), clock.unix());
+    if let Some(reloads) = reloads {
+        let (authenticator, limiter, cached) = (authenticator.clone(), limiter.clone(), cached.clone());
+        let (administration, shutdown_delay) = (administration.clone(), shutdown_delay.clone());
+        let tls = tls.clone();
+        let apply = move |new: &Settings, changed: bool| {
+            // Also where all keys are as they were: what the files hold may be new.
+            if let (Some(tls), Some(files)) = (&tls, &new.http.tls)
+                && let Err(error) = tls.reload(files)
+            {
+                error!(%error, "the TLS certificate stays as it was");
+            }
+            if !changed {
+                return;
+            }
+            if let (Some(redis), Some(config)) = (&redis, &new.redis)
+                && redis.reconfigure(config).is_err()
+            {
+                warn!("the settings of Redis stay as they were");
+            }
+            limiter.reconfigure(new.limiter.clone());
+            client.reconfigure(new.cyberscan.clone());
+            cached.reconfigure(new.cache.clone());
+            if let Some(worker) = &worker {
+                worker.reconfigure(new.cyberscan.hosts.clone(), new.worker.refresh_ahead);
+            }
+            enricher.reconfigure(new.enrich);
+            administration.set(new.admin.clone());
+            shutdown_delay.set(new.shutdown_delay);
+            relay.reconfigure(&new.http);
+            // Last: who is let in from now on finds everything else as it is meant.
+            authenticator.reconfigure(new.auth.clone(), new.cyberscan.hosts.clone());
+        };
+        let check = |settings| prepare(settings).map(drop);
+        let following = reloads.follow(started, check, apply, (metrics.clone(), clock), background.clone());
+        tasks.spawn(following);
     }
     let front = Front { listener: Listener::Public, tls, metrics: metrics.clone() };
     let administered = admin.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
@@ -115,7 +224,7 @@ pub async fn run(
             measure: Box::new(measure),
             log,
             redis: with_redis,
-            config: settings.admin,
+            config: administration,
         };
         tasks.spawn(admin::serve(listener, admin, background.clone()));
     }
@@ -134,7 +243,7 @@ pub async fn run(
         shutdown.cancelled().await;
         metrics.ready.set((), 0);
         info!("draining");
-        sleep(settings.shutdown_delay).await;
+        sleep(**shutdown_delay.get()).await;
         draining.cancel();
     };
     let serving = http::server::serve(listener, service, settings.http.connections, front, draining.clone());

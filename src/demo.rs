@@ -70,8 +70,7 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
 
     let stop = shutdown.child_token();
     let _stop_on_return = stop.clone().drop_guard();
-    let mut relay =
-        std::pin::pin!(app::run(settings, listener, Some((admin, LogLevel::default())), stop.clone()));
+    let mut relay = Box::pin(app::run(settings, listener, Some((admin, LogLevel::default())), stop.clone()));
     let story = async {
         say(&format!(
             "The relay serves on http://{address}, between a fake SecureX/XDR and a fake CyberScan.\n\

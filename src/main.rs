@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, ensure};
@@ -13,16 +14,21 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use cyberscan_relay::{
     app, demo, doctor,
     hardening::{self, Hardened},
-    http::{server, tls::Pair},
-    module_type, probe, settings,
-    settings::Settings,
+    http::server,
+    module_type, probe,
+    reload::Reloads,
+    settings,
+    settings::{Fault, Settings, Source},
     telemetry::{self, LogLevel},
 };
 use http::Request;
 use http_body_util::Full;
 use secrecy::ExposeSecret;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Entries of all sizes come and go side by side: glibc's allocator keeps so many holes between them that a full
@@ -138,15 +144,18 @@ fn main() -> ExitCode {
 
 fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let settings = || Settings::load(configuration.config.as_deref(), settings::environment());
+    let source = Source::new(configuration.config.clone(), settings::environment());
+    let settings = || source.load();
     match command {
         Command::Serve => {
+            let asked = Arc::<Notify>::default();
+            let reloads = Reloads::new(source.clone(), Arc::clone(&asked));
             let mut settings = settings()?;
             let log = telemetry::init(&settings.log);
             hardened.tell();
             let connections = &mut settings.http.connections.max_connections;
             *connections = hardened.connections(*connections);
-            let served = runtime.block_on(serve(settings, log.clone()));
+            let served = runtime.block_on(serve(settings, log.clone(), reloads, asked));
             log.drain();
             served
         }
@@ -154,7 +163,7 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
             let shutdown = shutdown_on_signals()?;
             demo::run(listen, once, shutdown).await
         }),
-        Command::Check => check(&settings()?),
+        Command::Check => runtime.block_on(async { check(settings()?) }),
         Command::Healthcheck => runtime.block_on(healthcheck(&settings()?)),
         // Its exit status says more than success: see `main`.
         Command::Doctor(_) => Ok(()),
@@ -183,17 +192,25 @@ fn run(command: Command, configuration: &Configuration, hardened: &Hardened) -> 
     }
 }
 
-async fn serve(settings: Settings, log: LogLevel) -> anyhow::Result<()> {
+async fn serve(
+    settings: Settings,
+    log: LogLevel,
+    reloads: Reloads,
+    asked: Arc<Notify>,
+) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signals()?;
+    reload_on_signal(asked)?;
     let listen = |key: &str, address: SocketAddr| {
         server::listen(address).with_context(|| format!("{key}: cannot listen on {address}"))
     };
-    let listener = listen("listen", settings.listen)?;
-    let admin = match settings.admin_listen {
-        Some(address) => Some((listen("admin.listen", address)?, log)),
+    let (public, admin) = (settings.listen, settings.admin_listen);
+    let prepared = app::prepare(settings)?;
+    let listener = listen("listen", public)?;
+    let admin = match admin {
+        Some(address) => Some((listen("admin.listen", address)?, log.clone())),
         None => None,
     };
-    app::run(settings, listener, admin, shutdown).await
+    app::serve(prepared, listener, admin, Some(reloads.logging_by(log)), shutdown).await
 }
 
 async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
@@ -214,13 +231,17 @@ async fn purge(settings: &Settings, what: &What) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check(settings: &Settings) -> anyhow::Result<()> {
-    if let Some(files) = &settings.http.tls {
-        Pair::load(files)?;
-    }
+/// Everything `serve` does before it takes a port.
+fn check(settings: Settings) -> anyhow::Result<()> {
+    let (effective, warnings) = (settings.effective().to_vec(), settings.warnings().to_vec());
+    app::prepare(settings)?;
     let mut out = std::io::stdout().lock();
-    for key in settings.effective() {
+    for key in effective {
         writeln!(out, "{} = {}  # {}", key.key, key.value, key.source)?;
+    }
+    let mut errors = std::io::stderr().lock();
+    for Fault { key, source, message } in warnings {
+        writeln!(errors, "cyberscan-relay: warning: {key} ({source}) {message}")?;
     }
     Ok(())
 }
@@ -233,6 +254,18 @@ async fn healthcheck(settings: &Settings) -> anyhow::Result<()> {
         None => probe::call(settings.listen, request).await?,
     };
     ensure!(answer.status().is_success(), "the relay answered with status {}", answer.status());
+    Ok(())
+}
+
+/// Each SIGHUP asks for a reload; some in a row may ask for one.
+fn reload_on_signal(asked: Arc<Notify>) -> anyhow::Result<()> {
+    let mut hang_up = signal(SignalKind::hangup())?;
+    #[expect(clippy::disallowed_methods, reason = "it waits for signals as long as the process lives")]
+    tokio::spawn(async move {
+        while hang_up.recv().await.is_some() {
+            asked.notify_one();
+        }
+    });
     Ok(())
 }
 

@@ -288,6 +288,10 @@ labels! {
         Hour => "hour",
         /// A day.
         Day => "day",
+        /// A week.
+        Week => "week",
+        /// A month.
+        Month => "month",
     }
     /// How a host's circuit breaker stands.
     BreakerState {
@@ -602,6 +606,12 @@ families! {
     redis_duration: Histograms<(Operation,)> = histograms("relay_redis_operation_duration_seconds", ["operation"], ROUND_TRIPS);
     /// 1 while Redis answers, or where none is configured.
     redis_up: Gauges<()> = gauges("relay_redis_up", []);
+    /// Times the configuration was read again, by whether it was accepted.
+    config_reloads: Counters<(Success,)> = counters("relay_config_reloads_total", ["outcome"]);
+    /// 1 if the configuration that was read last is in force, 0 if it was refused and the one before goes on.
+    config_reloaded: Gauges<()> = gauges("relay_config_last_reload_successful", []);
+    /// When the configuration in force was read, in seconds since 1970.
+    config_reloaded_at: Ratios<()> = ratios("relay_config_last_reload_success_timestamp_seconds", []);
 }
 
 /// Seconds: from an answer out of memory to the longest that is waited for.

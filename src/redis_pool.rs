@@ -7,13 +7,15 @@
 //! breaks. Blocking reads take a connection of their own from the pool.
 
 use std::{
+    borrow::Cow,
+    fmt,
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use deadpool_redis::{
-    Runtime,
+    ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisConnectionInfo, Runtime,
     cluster::ClusterConnection,
     redis::{
         Cmd, ErrorKind, Pipeline, RedisError, RedisFuture, RedisResult, ServerErrorKind, Value,
@@ -21,13 +23,14 @@ use deadpool_redis::{
     },
     sentinel,
 };
-use secrecy::{ExposeSecret, SecretString};
+use percent_encoding::percent_decode_str;
 use tokio::time::{Instant, error::Elapsed, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::{
     flight::Flights,
+    live::Live,
     metrics::{Label, Metrics, Operation, RedisOutcome},
     trace::{self, Stage},
 };
@@ -69,20 +72,150 @@ impl std::str::FromStr for Mode {
     }
 }
 
-/// A `redis://` or `rediss://` URL. It may contain a password, so it shows itself nowhere.
-#[derive(Clone, Debug)]
-pub struct Url(Arc<SecretString>);
+/// What a `redis://` or `rediss://` URL says. It may contain a password, so it shows itself nowhere.
+#[derive(Clone, PartialEq)]
+pub struct Url {
+    tls: bool,
+    host: String,
+    port: u16,
+    database: i64,
+    resp3: bool,
+    login: Login,
+}
 
+/// User and password, decoded.
+#[derive(Clone, Default, PartialEq)]
+struct Login {
+    user: Option<String>,
+    password: Option<String>,
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Url(..)")
+    }
+}
+
+/// Why a text is no URL of Redis. It does not repeat the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotARedis {
+    /// Another scheme, or none.
+    #[error("it begins with redis:// or, for TLS, rediss://")]
+    Scheme,
+    /// No URL.
+    #[error("host or port cannot be read; @, /, : and # in a password are percent-encoded")]
+    Form,
+    /// User or password are no text.
+    #[error("user or password are not percent-encoded UTF-8")]
+    Login,
+    /// The path is no number.
+    #[error("the path is the number of a database: /0")]
+    Database,
+    /// A parameter nobody knows.
+    #[error("of parameters there is only protocol=resp2 or protocol=resp3")]
+    Parameter,
+    /// `#insecure`, for instance.
+    #[error("no # in it; certificates are always verified")]
+    Fragment,
+}
+
+/// The one reader of such URLs, whatever they lead to.
 impl std::str::FromStr for Url {
-    type Err = ();
+    type Err = NotARedis;
 
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let scheme = text.starts_with("redis://") || text.starts_with("rediss://");
-        if scheme && deadpool_redis::redis::parse_redis_url(text).is_some() {
-            Ok(Self(Arc::new(text.to_owned().into())))
-        } else {
-            Err(())
+    fn from_str(text: &str) -> Result<Self, NotARedis> {
+        let (scheme, _) = text.split_once("://").ok_or(NotARedis::Scheme)?;
+        let tls = match scheme.to_ascii_lowercase().as_str() {
+            "redis" => false,
+            "rediss" => true,
+            _ => return Err(NotARedis::Scheme),
+        };
+        if text.contains('#') {
+            return Err(NotARedis::Fragment);
         }
+        let url = url::Url::parse(text).map_err(|_| NotARedis::Form)?;
+        let decoded = |text: &str| {
+            percent_decode_str(text).decode_utf8().map(Cow::into_owned).map_err(|_| NotARedis::Login)
+        };
+        // Of a scheme it does not know the parser takes nearly anything for a host.
+        let host = url.host_str().map(url::Host::parse).and_then(Result::ok).ok_or(NotARedis::Form)?;
+        let host = match host {
+            url::Host::Domain(name) => name,
+            url::Host::Ipv4(ip) => ip.to_string(),
+            url::Host::Ipv6(ip) => ip.to_string(),
+        };
+        let port = url.port().unwrap_or(6379);
+        if port == 0 {
+            return Err(NotARedis::Form);
+        }
+        let database = match url.path().trim_matches('/') {
+            "" => 0,
+            digits if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+                digits.parse::<u16>().map_err(|_| NotARedis::Database)?.into()
+            }
+            _ => return Err(NotARedis::Database),
+        };
+        let mut resp3 = false;
+        for (name, value) in url.query_pairs() {
+            resp3 = match (&*name, &*value) {
+                ("protocol", "2" | "resp2") => false,
+                ("protocol", "3" | "resp3") => true,
+                _ => return Err(NotARedis::Parameter),
+            };
+        }
+        let user = (!url.username().is_empty()).then(|| decoded(url.username())).transpose()?;
+        let password = url.password().filter(|text| !text.is_empty()).map(decoded).transpose()?;
+        Ok(Self { tls, host, port, database, resp3, login: Login { user, password } })
+    }
+}
+
+impl Url {
+    /// For the driver; of Sentinel's own connections the database and of nobody else's is left out.
+    fn connection(&self) -> ConnectionInfo {
+        let (host, port) = (self.host.clone(), self.port);
+        let addr = if self.tls {
+            ConnectionAddr::TcpTls { host, port, insecure: false }
+        } else {
+            ConnectionAddr::Tcp(host, port)
+        };
+        ConnectionInfo { addr, redis: self.settings() }
+    }
+
+    fn settings(&self) -> RedisConnectionInfo {
+        let Login { user, password } = self.login.clone();
+        let protocol = if self.resp3 { ProtocolVersion::RESP3 } else { ProtocolVersion::RESP2 };
+        RedisConnectionInfo { db: self.database, username: user, password, protocol }
+    }
+
+    /// The same, whoever logs in.
+    #[must_use]
+    pub fn without_login(&self) -> Self {
+        Self { login: Login::default(), ..self.clone() }
+    }
+}
+
+/// Whether `urls` can be used together in `mode`.
+///
+/// # Errors
+/// Why they cannot.
+pub fn fit(urls: &[Url], mode: Mode) -> Result<(), &'static str> {
+    let Some((first, others)) = urls.split_first() else { return Ok(()) };
+    match mode {
+        Mode::Single if !others.is_empty() => {
+            Err("expected one URL in mode single; several are for redis.mode sentinel or cluster")
+        }
+        Mode::Cluster if urls.iter().any(|url| url.database != 0) => {
+            Err("expected no database: a cluster has none but 0")
+        }
+        Mode::Sentinel | Mode::Cluster
+            if others.iter().any(|url| url.login != first.login || url.tls != first.tls) =>
+        {
+            Err("expected the same user, password and scheme in all URLs")
+        }
+        Mode::Sentinel if others.iter().any(|url| url.database != first.database) => {
+            Err("expected the same database in all URLs: it is the master's")
+        }
+        Mode::Single | Mode::Sentinel | Mode::Cluster => Ok(()),
     }
 }
 
@@ -90,33 +223,29 @@ impl Url {
     /// Where it leads: host and port, nothing else.
     #[must_use]
     pub fn place(&self) -> String {
-        let parsed = deadpool_redis::redis::parse_redis_url(self.0.expose_secret());
-        parsed.map_or_else(String::new, |url| {
-            let host = url.host_str().unwrap_or("127.0.0.1");
-            format!("{host}:{}", url.port().unwrap_or(6379))
-        })
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
     }
 
     /// Whether it leads to this machine itself.
     #[must_use]
     pub fn is_local(&self) -> bool {
-        let place = self.place();
-        let host = place.rsplit_once(':').map_or(place.as_str(), |(host, _)| host);
-        let address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>();
-        host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+        let address = self.host.parse::<std::net::IpAddr>();
+        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
     }
 
     /// Whether it asks for TLS.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
-        self.0.expose_secret().starts_with("rediss://")
+        self.tls
     }
 
     /// Whether it has a password.
     #[must_use]
     pub fn has_password(&self) -> bool {
-        let parsed = deadpool_redis::redis::parse_redis_url(self.0.expose_secret());
-        parsed.is_some_and(|url| url.password().is_some_and(|password| !password.is_empty()))
+        self.login.password.is_some()
     }
 }
 
@@ -142,8 +271,8 @@ const POOL: usize = 4;
 pub struct Redis(Arc<Shared>);
 
 struct Shared {
-    pool: Pool,
-    timeout: Duration,
+    pool: Live<Pool>,
+    timeout: Live<Duration>,
     state: Mutex<State>,
     connecting: Flights<(), Result<Link, Unavailable>>,
     metrics: Metrics,
@@ -183,40 +312,30 @@ impl Redis {
     /// # Errors
     /// When the URLs do not fit the mode.
     pub fn new(config: &Config, metrics: Metrics, tasks: TaskTracker) -> anyhow::Result<Self> {
-        let urls: Vec<String> = config.urls.iter().map(|url| url.0.expose_secret().to_owned()).collect();
-        let runtime = Some(Runtime::Tokio1);
-        let pool = match config.mode {
-            Mode::Single => {
-                let url = urls.into_iter().next().unwrap_or_default();
-                let pool = deadpool_redis::PoolConfig::new(POOL);
-                let config =
-                    deadpool_redis::Config { pool: Some(pool), ..deadpool_redis::Config::from_url(url) };
-                Pool::Single(config.create_pool(runtime)?)
-            }
-            Mode::Sentinel => {
-                let node = sentinel_node(urls.first().map(String::as_str).unwrap_or_default());
-                let mut config = sentinel::Config::from_urls(
-                    urls,
-                    config.master_name.clone(),
-                    sentinel::SentinelServerType::Master,
-                );
-                config.node_connection_info = node;
-                config.pool = Some(sentinel::PoolConfig::new(POOL));
-                Pool::Sentinel(config.create_pool(runtime)?)
-            }
-            Mode::Cluster => {
-                let mut config = deadpool_redis::cluster::Config::from_urls(urls);
-                config.pool = Some(deadpool_redis::cluster::PoolConfig::new(POOL));
-                Pool::Cluster(config.create_pool(runtime)?)
-            }
-        };
+        let pool = Pool::new(config)?;
         Ok(Self(Arc::new(Shared {
-            pool,
-            timeout: config.timeout,
+            pool: Live::new(pool),
+            timeout: Live::new(config.timeout),
             state: Mutex::default(),
             connecting: Flights::new(tasks),
             metrics,
         })))
+    }
+
+    /// From now on waits as long as `config` says, and who connects logs in as it says. The connection there is stays: its
+    /// login was good when it was made.
+    ///
+    /// # Errors
+    /// When the URLs do not fit the mode.
+    pub fn reconfigure(&self, config: &Config) -> anyhow::Result<()> {
+        self.0.pool.set(Pool::new(config)?);
+        self.0.timeout.set(config.timeout);
+        // The new login may be what it has been waiting for.
+        let mut state = self.state();
+        if state.link.is_none() {
+            (state.failures, state.closed_until) = (0, None);
+        }
+        Ok(())
     }
 
     /// Runs `operation` on the shared connection, within the time-out and behind the breaker.
@@ -243,7 +362,7 @@ impl Redis {
             return Err(Unavailable);
         }
         let whole = async { Ok(action(self.link().await?).await) };
-        let running = timeout(self.0.timeout, whole);
+        let running = timeout(**self.0.timeout.get(), whole);
         let outcome = trace::stage(Stage::Redis(operation), running, |outcome, facts| {
             facts.text("db.system.name", "redis");
             match came_to(outcome) {
@@ -269,7 +388,7 @@ impl Redis {
     /// # Errors
     /// [`Unavailable`] when none can be made.
     pub async fn own_link(&self) -> Result<Link, Unavailable> {
-        timeout(CONNECT, self.0.pool.connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
+        timeout(CONNECT, self.0.pool.snapshot().connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
             self.complain(Some(&error));
             Unavailable
         })
@@ -280,7 +399,7 @@ impl Redis {
     /// # Errors
     /// The driver's error. Its text may quote what a server said.
     pub async fn try_link(&self) -> RedisResult<Link> {
-        self.0.pool.connect().await
+        self.0.pool.snapshot().connect().await
     }
 
     /// Whether the last operation that was tried worked.
@@ -297,7 +416,7 @@ impl Redis {
         // operation finds what this one did not wait for.
         let shared = Arc::clone(&self.0);
         let connecting = self.0.connecting.join((), || async move {
-            let link = timeout(CONNECT, shared.pool.connect()).await.map_err(|_| Unavailable)?;
+            let link = timeout(CONNECT, shared.pool.snapshot().connect()).await.map_err(|_| Unavailable)?;
             let this = Self(shared);
             match link {
                 Ok(link) => {
@@ -402,22 +521,51 @@ fn came_to<T>(outcome: &Result<Result<RedisResult<T>, Unavailable>, Elapsed>) ->
     }
 }
 
-/// Sentinels and the master share user and password, as in the URL.
-fn sentinel_node(url: &str) -> Option<sentinel::SentinelNodeConnectionInfo> {
-    let parsed = deadpool_redis::redis::parse_redis_url(url)?;
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    let redis_connection_info = deadpool_redis::RedisConnectionInfo {
-        username: text(parsed.username()),
-        password: parsed.password().map(str::to_owned),
-        ..Default::default()
-    };
-    Some(sentinel::SentinelNodeConnectionInfo {
-        tls_mode: (parsed.scheme() == "rediss").then_some(sentinel::TlsMode::Secure),
-        redis_connection_info: Some(redis_connection_info),
-    })
-}
-
 impl Pool {
+    /// Connects nowhere yet.
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        let runtime = Some(Runtime::Tokio1);
+        let connections = config.urls.iter().map(Url::connection);
+        let Some(first) = config.urls.first() else { anyhow::bail!("redis.url is not set") };
+        fit(&config.urls, config.mode).map_err(anyhow::Error::msg)?;
+        Ok(match config.mode {
+            Mode::Single => {
+                let mut config = deadpool_redis::Config::from_connection_info(first.connection());
+                config.pool = Some(deadpool_redis::PoolConfig::new(POOL));
+                Self::Single(config.create_pool(runtime)?)
+            }
+            Mode::Sentinel => {
+                // The database is the master's: sentinels have none.
+                let sentinel = |mut connection: ConnectionInfo| {
+                    connection.redis.db = 0;
+                    connection
+                };
+                let config = sentinel::Config {
+                    urls: None,
+                    server_type: sentinel::SentinelServerType::Master,
+                    master_name: config.master_name.clone(),
+                    connections: Some(connections.map(sentinel).collect()),
+                    // Sentinels and the master share user and password, as in the URL.
+                    node_connection_info: Some(sentinel::SentinelNodeConnectionInfo {
+                        tls_mode: first.tls.then_some(sentinel::TlsMode::Secure),
+                        redis_connection_info: Some(first.settings()),
+                    }),
+                    pool: Some(sentinel::PoolConfig::new(POOL)),
+                };
+                Self::Sentinel(config.create_pool(runtime)?)
+            }
+            Mode::Cluster => {
+                let config = deadpool_redis::cluster::Config {
+                    urls: None,
+                    connections: Some(connections.collect()),
+                    pool: Some(deadpool_redis::cluster::PoolConfig::new(POOL)),
+                    read_from_replicas: false,
+                };
+                Self::Cluster(config.create_pool(runtime)?)
+            }
+        })
+    }
+
     async fn connect(&self) -> RedisResult<Link> {
         match self {
             Self::Single(pool) => {

@@ -35,9 +35,10 @@ use crate::{
     ctim::Subject,
     cyberscan::CyberScan,
     http::server::{self, Front},
+    live::Live,
     metrics::{Listener, Metrics},
     redis_pool::Unavailable,
-    telemetry::LogLevel,
+    telemetry::{Level, LogLevel},
 };
 
 /// Settings `admin.*`.
@@ -91,7 +92,7 @@ pub struct Admin<C> {
     /// Whether there is a Redis.
     pub redis: bool,
     /// The settings.
-    pub config: Config,
+    pub config: Live<Config>,
 }
 
 /// Serves on `listener` until `shutdown`.
@@ -227,7 +228,7 @@ struct Purged {
 }
 
 async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) -> Reply {
-    if let Some(refusal) = refusal(&admin.config, &headers) {
+    if let Some(refusal) = refusal(&admin.config.get(), &headers) {
         return refusal;
     }
     const EXPECTED: &str = "expected {\"all\": true}, {\"tenant\": \"<32 hex digits>\"} or {\"observable\": \"<address or domain>\"}";
@@ -256,20 +257,19 @@ async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) 
 }
 
 fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
-    if let Some(refusal) = refusal(&admin.config, headers) {
+    if let Some(refusal) = refusal(&admin.config.get(), headers) {
         return refusal;
     }
-    let level = std::str::from_utf8(body).ok().and_then(|text| text.trim().parse().ok());
-    match level.map(|level| admin.log.set(&level)) {
-        Some(true) => {
-            info!("the log level was changed");
-            answer(StatusCode::OK, &json!({"level": String::from_utf8_lossy(body).trim()}))
-        }
-        Some(false) => answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"})),
-        None => answer(
-            StatusCode::BAD_REQUEST,
-            &json!({"error": "expected a level such as info, or filter directives"}),
-        ),
+    let text = String::from_utf8_lossy(body);
+    let level = match text.parse::<Level>() {
+        Ok(level) => level,
+        Err(why) => return answer(StatusCode::BAD_REQUEST, &json!({"error": why.to_string()})),
+    };
+    if admin.log.set(&level) {
+        info!("the log level was changed");
+        answer(StatusCode::OK, &json!({"level": text.trim()}))
+    } else {
+        answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"}))
     }
 }
 

@@ -153,13 +153,13 @@ impl Authenticator {
         let Some(jwt) = token.and_then(|token| walk.note(TokenCheck::Shape, Jwt::parse(token))) else {
             return walk.steps();
         };
-        let shared = &self.0;
+        let (shared, rules) = (&self.0, self.0.rules.snapshot());
         let named = jwt.claims.jwks_host();
         // A claim that is there but no text is on nobody's list.
         walk.note(TokenCheck::Issuer, named.map(drop));
         let jwks_host = match named {
             Ok(named) => {
-                let allowed = named.filter(|jwks_host| shared.jwks.allows(jwks_host));
+                let allowed = named.filter(|jwks_host| rules.jwks.allows(jwks_host));
                 walk.note(TokenCheck::AllowList, allowed.ok_or(AuthError::WrongIssuer))
             }
             Err(_) => None,
@@ -169,7 +169,7 @@ impl Authenticator {
         if let Some(jwks_host) = jwks_host {
             let kid = jwt.header.kid().ok_or(AuthError::UnknownKey);
             let keys = match kid {
-                Ok(kid) => shared.jwks.set_with(jwks_host, kid).await.map(|keys| (kid, keys)),
+                Ok(kid) => rules.jwks.set_with(jwks_host, kid).await.map(|keys| (kid, keys)),
                 Err(error) => Err(error),
             };
             if let Some((kid, keys)) = walk.note(TokenCheck::KeyId, keys)
@@ -186,12 +186,12 @@ impl Authenticator {
                 walk.note(TokenCheck::Signature, signed);
             }
         }
-        let times = jwt.claims.times(shared.clock.unix(), LEEWAY, shared.config.require_exp);
+        let times = jwt.claims.times(shared.clock.unix(), LEEWAY, rules.config.require_exp);
         walk.note(TokenCheck::Times, times);
         let ours = jwt.claims.audiences().iter().any(|audience| self.is_ours(audience, request));
         walk.note(TokenCheck::Audience, if ours { Ok(()) } else { Err(AuthError::WrongAudience) });
         if let Some((key, host)) = walk.note(TokenCheck::Claims, jwt.claims.credentials()) {
-            let admitted = Tenant::admit(host, ApiKey::new(key.to_owned()), &shared.cyberscan_hosts);
+            let admitted = Tenant::admit(host, ApiKey::new(key.to_owned()), &rules.cyberscan_hosts);
             walk.0.push((TokenCheck::Host, admitted.map(drop).map_err(Refusal::Host)));
         }
         walk.steps()

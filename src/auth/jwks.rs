@@ -57,13 +57,13 @@ pub(super) type Download =
     Box<dyn Fn(&IssuerAddress) -> BoxFuture<'static, Result<Keys, String>> + Send + Sync>;
 
 struct Shared {
-    issuers: HashMap<String, Issuer>,
-    download: Download,
+    issuers: HashMap<String, Arc<Issuer>>,
+    download: Arc<Download>,
     /// The fetches under way; what came of one is told by the set in use afterwards.
     flights: Flights<String, ()>,
     metrics: Metrics,
     /// Numbers the sets, so that what was verified with one is not mistaken as verified with the next.
-    generations: AtomicU64,
+    generations: Arc<AtomicU64>,
 }
 
 struct Issuer {
@@ -101,18 +101,28 @@ impl KeySet {
 
 impl Jwks {
     pub(super) fn new(config: &Config, download: Download, metrics: Metrics, tasks: TaskTracker) -> Self {
-        let issuer = |address: &IssuerAddress| Issuer {
-            address: address.clone(),
-            set: ArcSwapOption::empty(),
-            fetches: Mutex::default(),
-        };
         let issuers = config.jwks_hosts.iter();
         Self(Arc::new(Shared {
-            issuers: issuers.map(|address| (address.as_str().to_owned(), issuer(address))).collect(),
-            download,
+            issuers: issuers.map(|address| (address.as_str().to_owned(), Issuer::new(address))).collect(),
+            download: Arc::new(download),
             flights: Flights::new(tasks),
             metrics,
-            generations: AtomicU64::new(1),
+            generations: Arc::new(AtomicU64::new(1)),
+        }))
+    }
+
+    /// The same for other issuers; what is known of those that are still allowed goes along.
+    pub(super) fn for_issuers(&self, addresses: &[IssuerAddress]) -> Self {
+        let issuer = |address: &IssuerAddress| {
+            let known = self.0.issuers.get(address.as_str()).map(Arc::clone);
+            (address.as_str().to_owned(), known.unwrap_or_else(|| Issuer::new(address)))
+        };
+        Self(Arc::new(Shared {
+            issuers: addresses.iter().map(issuer).collect(),
+            download: Arc::clone(&self.0.download),
+            flights: self.0.flights.clone(),
+            metrics: self.0.metrics.clone(),
+            generations: Arc::clone(&self.0.generations),
         }))
     }
 
@@ -123,7 +133,7 @@ impl Jwks {
 
     /// The age of the oldest key set in use.
     pub(super) fn age(&self) -> Option<Duration> {
-        let in_use = |issuer: &&Issuer| issuer.fetches().asked.is_some_and(|at| at.elapsed() < FRESH);
+        let in_use = |issuer: &&Arc<Issuer>| issuer.fetches().asked.is_some_and(|at| at.elapsed() < FRESH);
         let sets = self.0.issuers.values().filter(in_use).filter_map(|issuer| issuer.set.load_full());
         sets.map(|set| set.fetched.elapsed()).max()
     }
@@ -233,6 +243,10 @@ impl Shared {
 }
 
 impl Issuer {
+    fn new(address: &IssuerAddress) -> Arc<Self> {
+        Arc::new(Self { address: address.clone(), set: ArcSwapOption::empty(), fetches: Mutex::default() })
+    }
+
     /// Held for a few assignments; nothing in between can panic, so poison is ignored.
     fn fetches(&self) -> MutexGuard<'_, Fetches> {
         self.fetches.lock().unwrap_or_else(PoisonError::into_inner)

@@ -29,6 +29,7 @@ pub use error::AuthError;
 use crate::{
     clock::Clock,
     egress::{Host, HostPatterns, Http},
+    live::Live,
     metrics::{Metrics, Verdict},
     tenant::{ApiKey, RefusedHost, Tenant},
 };
@@ -120,13 +121,20 @@ pub struct Credentials<'a> {
 pub struct Authenticator(Arc<Shared>);
 
 struct Shared {
-    config: Config,
-    cyberscan_hosts: HostPatterns,
-    jwks: Jwks,
+    rules: Live<Rules>,
     clock: Clock,
     metrics: Metrics,
     /// Verified tokens, by the SHA-256 of their exact bytes.
     verified: Cache<[u8; 32], Arc<Verified>>,
+}
+
+/// By what tokens are judged: all of it changes at once.
+struct Rules {
+    config: Config,
+    cyberscan_hosts: HostPatterns,
+    jwks: Jwks,
+    /// Numbers them: what was verified by others counts for nothing.
+    edition: u64,
 }
 
 /// What a verified token says, and what it was verified with.
@@ -136,6 +144,7 @@ struct Verified {
     expires: Option<f64>,
     jwks_host: String,
     generation: u64,
+    edition: u64,
 }
 
 impl Authenticator {
@@ -151,14 +160,21 @@ impl Authenticator {
         tasks: TaskTracker,
     ) -> Self {
         let download = move |address: &IssuerAddress| document::fetch(http.clone(), address.clone()).boxed();
+        let jwks = Jwks::new(&config, Box::new(download), metrics.clone(), tasks);
         Self(Arc::new(Shared {
-            jwks: Jwks::new(&config, Box::new(download), metrics.clone(), tasks),
+            rules: Live::new(Rules { config, cyberscan_hosts, jwks, edition: 0 }),
             metrics,
-            config,
-            cyberscan_hosts,
             clock,
             verified: Cache::builder().max_capacity(TOKENS).time_to_live(REMEMBERED).build(),
         }))
+    }
+
+    /// Judges by other rules from now on; no token that was verified before is remembered.
+    pub fn reconfigure(&self, config: Config, cyberscan_hosts: HostPatterns) {
+        let old = self.0.rules.snapshot();
+        let jwks = old.jwks.for_issuers(&config.jwks_hosts);
+        self.0.rules.set(Rules { config, cyberscan_hosts, jwks, edition: old.edition + 1 });
+        self.0.verified.invalidate_all();
     }
 
     /// Who is asking.
@@ -174,7 +190,7 @@ impl Authenticator {
 
     /// Brings the age of the key sets up to date.
     pub fn measure(&self) {
-        self.0.metrics.jwks_age.set((), self.0.jwks.age().map_or(0.0, |age| age.as_secs_f64()));
+        self.0.metrics.jwks_age.set((), self.0.rules.get().jwks.age().map_or(0.0, |age| age.as_secs_f64()));
     }
 
     async fn judge(&self, request: Credentials<'_>) -> Result<Authorized, AuthError> {
@@ -200,19 +216,22 @@ impl Authenticator {
     }
 
     fn still_holds(&self, verified: &Verified) -> bool {
+        let rules = self.0.rules.get();
         verified.expires.is_none_or(|expires| self.0.clock.unix() < expires)
-            && self.0.jwks.fresh_generation(&verified.jwks_host) == Some(verified.generation)
+            && rules.edition == verified.edition
+            && rules.jwks.fresh_generation(&verified.jwks_host) == Some(verified.generation)
     }
 
     async fn verify_in_full(&self, token: &str) -> Result<Verified, AuthError> {
         let asked = Instant::now();
         let jwt = Jwt::parse(token)?;
         let jwks_host = jwt.claims.jwks_host()?.ok_or(AuthError::WrongIssuer)?;
-        if !self.0.jwks.allows(jwks_host) {
+        let rules = self.0.rules.snapshot();
+        if !rules.jwks.allows(jwks_host) {
             return Err(AuthError::WrongIssuer);
         }
         let kid = jwt.header.kid().ok_or(AuthError::UnknownKey)?;
-        let mut keys = self.0.jwks.set_with(jwks_host, kid).await?;
+        let mut keys = rules.jwks.set_with(jwks_host, kid).await?;
         if !jwt.header.is_rs256() {
             return Err(AuthError::Malformed);
         }
@@ -223,12 +242,12 @@ impl Authenticator {
             keys.key(kid).is_some_and(|key| matches!(verify(key), Ok(true)))
         };
         if !signed(&keys) {
-            let newer = self.0.jwks.set_after(jwks_host, &keys, asked).await;
+            let newer = rules.jwks.set_after(jwks_host, &keys, asked).await;
             keys = newer.filter(|keys| signed(keys)).ok_or(AuthError::WrongSignature)?;
         }
-        let expires = jwt.claims.times(self.0.clock.unix(), LEEWAY, self.0.config.require_exp)?;
+        let expires = jwt.claims.times(self.0.clock.unix(), LEEWAY, rules.config.require_exp)?;
         let authorized = jwt.claims.credentials().map(|(key, host)| Authorized {
-            tenant: Tenant::admit(host, ApiKey::new(key.to_owned()), &self.0.cyberscan_hosts).map(Arc::new),
+            tenant: Tenant::admit(host, ApiKey::new(key.to_owned()), &rules.cyberscan_hosts).map(Arc::new),
             entities_limit: jwt.claims.entities_limit(),
         });
         Ok(Verified {
@@ -237,18 +256,22 @@ impl Authenticator {
             expires,
             jwks_host: jwks_host.to_owned(),
             generation: keys.generation,
+            edition: rules.edition,
         })
     }
 
     /// Whether `audience` means this relay: one of the configured URLs or, without any, the URL
     /// under which the request reached us.
     fn is_ours(&self, audience: &str, request: Credentials<'_>) -> bool {
-        if !self.0.config.audiences.is_empty() {
-            return self.0.config.audiences.iter().any(|ours| ours == audience);
+        let rules = self.0.rules.get();
+        if !rules.config.audiences.is_empty() {
+            // The settings leave no slash at the end; whoever made the token may have.
+            let audience = audience.trim_end_matches('/');
+            return rules.config.audiences.iter().any(|ours| ours == audience);
         }
         let forwarded = |name: &str| {
             let proxy = request.peer?.to_canonical();
-            if !self.0.config.trusted_proxies.iter().any(|net| net.contains(&proxy)) {
+            if !rules.config.trusted_proxies.iter().any(|net| net.contains(&proxy)) {
                 return None;
             }
             // The right-most value is the one the trusted proxy itself has set.

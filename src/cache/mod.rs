@@ -58,6 +58,7 @@ use crate::{
         Vulnerabilities, Wanted, tick,
     },
     flight::Flights,
+    live::Live,
     metrics::{Flight, Label, Metrics, Outcome, Tier},
     redis_pool::Unavailable,
     tenant::TenantId,
@@ -101,6 +102,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const BLOCK: usize = 16;
 /// How many failed questions are remembered.
 const FAILURES: u64 = 10_000;
+/// The longest `cache.fill_timeout` there can be.
+const LONGEST_FILL: Duration = Duration::from_secs(600);
 /// How many tenants are remembered as accepted.
 const TENANTS: u64 = 10_000;
 /// How often a replica looks again while another fetches, if it is not told.
@@ -112,12 +115,12 @@ pub struct Cached<P, T = RedisTier>(Arc<Inner<P, T>>);
 
 struct Inner<P, T> {
     next: P,
-    config: Config,
+    config: Live<Config>,
     memory: Cache<Name, Kept>,
     shared: Option<T>,
     /// Versions where there is no Redis.
     local_clock: VersionClock,
-    codec: Codec,
+    codec: Live<Codec>,
     flights: Flights<Name, Result<Filled, Error>>,
     /// Fills nobody waits for; what fails there is nobody's failure.
     prefetches: Flights<Name, Result<Filled, Error>>,
@@ -270,18 +273,15 @@ impl Kind for Vulnerabilities {
 }
 
 /// Takes an answer out of memory when nothing of it is of use any more.
-struct Life {
-    domain: Policy,
-    host: Policy,
-    vulnerabilities: Policy,
-}
+struct Life(Live<Config>);
 
 impl Expiry<Name, Kept> for Life {
     fn expire_after_create(&self, _: &Name, kept: &Kept, _: std::time::Instant) -> Option<Duration> {
+        let config = self.0.get();
         let policy = match kept.record_type {
-            RecordType::Domain => &self.domain,
-            RecordType::Host => &self.host,
-            RecordType::Vulnerabilities => &self.vulnerabilities,
+            RecordType::Domain => &config.domain,
+            RecordType::Host => &config.host,
+            RecordType::Vulnerabilities => &config.vulnerabilities,
         };
         Some(policy.life(kept.lifetime).saturating_sub(kept.born.elapsed()))
     }
@@ -310,35 +310,28 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         tasks: TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
-        let life = Life { domain: config.domain, host: config.host, vulnerabilities: config.vulnerabilities };
+        let live = Live::new(config.clone());
         let this = Self(Arc::new(Inner {
             memory: Cache::builder()
                 .max_capacity(config.memory)
                 .weigher(|_, kept: &Kept| kept.weight)
-                .expire_after(life)
+                .expire_after(Life(live.clone()))
                 .support_invalidation_closures()
                 .build(),
-            codec: Codec::new(&config.encryption_keys),
+            codec: Live::new(Codec::new(&config.encryption_keys)),
             shared,
             local_clock: VersionClock::new(clock),
             flights: Flights::new(tasks.clone()),
             prefetches: Flights::new(tasks.clone()),
             notes: OnceLock::new(),
             failures: Cache::builder().max_capacity(FAILURES).time_to_live(2 * LONGEST_PAUSE).build(),
-            accepted: Cache::builder()
-                .max_capacity(TENANTS)
-                .support_invalidation_closures()
-                .time_to_live(config.longest_life().max(config.revalidate))
-                .build(),
+            accepted: Cache::builder().max_capacity(TENANTS).support_invalidation_closures().build(),
             authentications: Flights::new(tasks.clone()),
             refused: Cache::builder().max_capacity(TENANTS).time_to_live(2 * LONGEST_PAUSE).build(),
             purged: Mutex::default(),
-            purged_answers: Cache::builder()
-                .max_capacity(FAILURES)
-                .time_to_live(4 * config.fill_timeout)
-                .build(),
+            purged_answers: Cache::builder().max_capacity(FAILURES).time_to_live(4 * LONGEST_FILL).build(),
             next,
-            config,
+            config: live,
             tasks: tasks.clone(),
             metrics,
         }));
@@ -347,6 +340,14 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             tasks.spawn(shared.follow(shutdown, move |event| hearing.hear(event)));
         }
         this
+    }
+
+    /// Keeps, seals and serves as `config` says from now on. What memory has stays, and is fresh for no longer than it says;
+    /// how much memory may have does not change.
+    pub fn reconfigure(&self, config: Config) {
+        let memory = self.0.config.get().memory;
+        self.0.codec.set(Codec::new(&config.encryption_keys));
+        self.0.config.set(Config { memory, ..config });
     }
 
     /// What is read from now on.
@@ -383,7 +384,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Freshness::Due if kept.cared_for() => {}
             Freshness::Due | Freshness::Revalidate => self.renew::<K>(&key, call, subject, kept.version),
             Freshness::IfError | Freshness::Dead => {
-                let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
+                let soft = call.deadline.min(Instant::now() + self.0.config.get().soft_timeout);
                 let filled = traced::<K>(self.fill_by::<K>(&key, call, subject, kept.version, soft));
                 match Box::pin(filled).await {
                     Ok(filled) => {
@@ -440,7 +441,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     fn freshness<K: Kind>(&self, kept: &Kept) -> Freshness {
-        K::policy(&self.0.config).freshness(kept.lifetime, kept.age())
+        K::policy(&self.0.config.get()).freshness(kept.lifetime, kept.age())
     }
 
     /// Renews an answer in the background, unless that is under way or has just failed.
@@ -507,8 +508,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 async move {
                     // Who follows a replica that dies has to wait for its lease, and may ask only then.
                     let longest = match this.0.shared {
-                        Some(_) => this.lease() + this.0.config.fill_timeout,
-                        None => this.0.config.fill_timeout,
+                        Some(_) => this.lease() + this.0.config.get().fill_timeout,
+                        None => this.0.config.get().fill_timeout,
                     };
                     let call = Call::new(tenant, Instant::now() + longest, priority);
                     let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
@@ -575,7 +576,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// How long the lock of one who fetches holds: it outlives the longest fetch, so it is lost by dead
     /// replicas only.
     fn lease(&self) -> Duration {
-        self.0.config.fill_timeout + Duration::from_secs(1)
+        self.0.config.get().fill_timeout + Duration::from_secs(1)
     }
 
     /// Asks the next stage and keeps its answer.
@@ -588,7 +589,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     ) -> Result<Kept, Error> {
         let (born, version) = (Instant::now(), self.version_now());
         let shared = self.0.shared.clone();
-        let longest = self.0.config.fill_timeout;
+        let longest = self.0.config.get().fill_timeout;
         let call = Call { deadline: born + longest, ..call.clone() };
         // Also one that takes too long gives its lock back.
         let outcome = timeout(longest, K::ask(&self.0.next, &call, subject)).await;
@@ -599,15 +600,15 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     Tier::Upstream,
                     if record.is_none() { Outcome::Negative } else { Outcome::Fresh },
                 );
-                let lifetime = K::policy(&self.0.config).lifetime(record.is_none(), chance());
+                let lifetime = K::policy(&self.0.config.get()).lifetime(record.is_none(), chance());
                 let entry = Entry { record, asked_at: answer.asked_at, version, lifetime };
                 let kept = self.keep(key, &entry, born);
                 kept.reads.filled.store(call.priority == Priority::Interactive, Ordering::Relaxed);
                 if let Some(shared) = shared
-                    && !K::policy(&self.0.config).life(lifetime).is_zero()
-                    && let Some(value) = self.0.codec.encode(&binding(key), &entry)
+                    && !K::policy(&self.0.config.get()).life(lifetime).is_zero()
+                    && let Some(value) = self.0.codec.get().encode(&binding(key), &entry)
                 {
-                    let life = K::policy(&self.0.config).life(lifetime);
+                    let life = K::policy(&self.0.config.get()).life(lifetime);
                     let (this, shared, key) = (self.clone(), shared.clone(), key.clone());
                     // In the background: who waits needs the answer, not its copy.
                     self.0.tasks.spawn(async move {
@@ -642,7 +643,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     /// no look-up's outcome yet: whoever asks CyberScan in its stead counts the miss.
     fn adopt<K: Kind>(&self, key: &Key, value: &[u8]) -> Option<Kept> {
         let shared = self.0.shared.as_ref()?;
-        let entry = match self.0.codec.decode::<K>(&binding(key), value) {
+        let entry = match self.0.codec.get().decode::<K>(&binding(key), value) {
             Ok(entry) => entry,
             Err(reason) => {
                 self.0.metrics.cache_rejected.inc((reason,));
@@ -650,7 +651,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
         };
         let age = shared.clock().age(entry.version);
-        let freshness = K::policy(&self.0.config).freshness(entry.lifetime, age);
+        let freshness = K::policy(&self.0.config.get()).freshness(entry.lifetime, age);
         let outcome = match entry.version > self.purged_before(key) {
             true => outcome(freshness, entry.lifetime.negative),
             false => Outcome::Miss,
@@ -667,7 +668,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     fn keep<K: Kind>(&self, key: &Key, entry: &Entry<K>, born: Instant) -> Kept {
         let weight = entry.record.as_ref().map_or(0, |record| record.weight());
         let kept = entry.keep(key, born, weight);
-        let dead = K::policy(&self.0.config).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
+        let dead =
+            K::policy(&self.0.config.get()).freshness(kept.lifetime, born.elapsed()) == Freshness::Dead;
         if !dead && entry.version > self.purged_before(key) {
             use moka::ops::compute::Op;
             self.0.memory.entry_by_ref(&key.name).and_compute_with(|present| match present {
@@ -743,7 +745,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         }
         {
             // What is older than any answer lives has nothing left to keep out.
-            let longest = micros(self.0.config.longest_life());
+            let longest = micros(self.0.config.get().longest_life());
             let oldest = self.version_now().saturating_sub(longest);
             let mut purged = self.0.purged.lock().unwrap_or_else(PoisonError::into_inner);
             purged.retain(|_, stamp| *stamp >= oldest);
@@ -923,7 +925,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let half = match self.in_memory::<K>(&key) {
             Some((kept, _)) if kept.age() < kept.lifetime.fresh / 2 => return Ok(renewed(&kept, false)),
             Some((kept, _)) => kept.lifetime.fresh / 2,
-            None => K::policy(&self.0.config).fresh / 2,
+            None => K::policy(&self.0.config.get()).fresh / 2,
         };
         let version = self.version_now().saturating_sub(micros(half));
         let filled = match self.0.flights.running(&key.name) {
@@ -948,7 +950,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         self.0.memory.run_pending_tasks();
         self.0.metrics.cache_entries.set((), whole(self.0.memory.entry_count()));
         self.0.metrics.cache_bytes.set((), whole(self.0.memory.weighted_size()));
-        self.0.metrics.cache_capacity.set((), whole(self.0.config.memory));
+        self.0.metrics.cache_capacity.set((), whole(self.0.config.get().memory));
     }
 
     async fn purge(&self, scope: Scope) -> Result<(), Unavailable> {
@@ -970,7 +972,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let joining = self.0.authentications.join(tenant, || {
             let (this, tenant, priority) = (self.clone(), Arc::clone(&call.tenant), call.priority);
             async move {
-                let longest = this.0.config.fill_timeout;
+                let longest = this.0.config.get().fill_timeout;
                 let call = Call::new(tenant, Instant::now() + longest, priority);
                 let outcome = timeout(longest, this.0.next.authenticate(&call)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
@@ -1041,11 +1043,13 @@ impl<P: CyberScan, T: SharedTier> CyberScan for Cached<P, T> {
     /// A key counts as accepted for `auth.revalidate`. While CyberScan cannot be asked, one that was
     /// accepted before goes on being served from what is kept.
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
-        let before = self.0.accepted.get(&call.tenant.id());
+        let config = self.0.config.snapshot();
+        let longest = config.longest_life().max(config.revalidate);
+        let before = self.0.accepted.get(&call.tenant.id()).filter(|at| at.elapsed() < longest);
         match before {
-            Some(at) if at.elapsed() < self.0.config.revalidate => Ok(at),
+            Some(at) if at.elapsed() < self.0.config.get().revalidate => Ok(at),
             Some(at) => {
-                let soft = call.deadline.min(Instant::now() + self.0.config.soft_timeout);
+                let soft = call.deadline.min(Instant::now() + self.0.config.get().soft_timeout);
                 match Box::pin(self.reauthenticate(call, soft)).await {
                     Ok(at) => Ok(at),
                     Err(Error::Unauthorized) => Err(Error::Unauthorized),

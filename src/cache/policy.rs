@@ -65,6 +65,7 @@ impl Policy {
     /// What may be done with an answer of that age.
     #[must_use]
     pub fn freshness(&self, lifetime: Lifetime, age: Duration) -> Freshness {
+        let lifetime = self.cap(lifetime);
         match age.checked_sub(lifetime.fresh) {
             None if lifetime.negative => Freshness::Fresh,
             None if age.as_secs_f64() >= lifetime.fresh.as_secs_f64() * (1.0 - self.refresh_ahead) => {
@@ -79,9 +80,16 @@ impl Policy {
         }
     }
 
+    /// What a lifetime comes to by this policy: it may have been fixed by one that was more generous.
+    fn cap(&self, lifetime: Lifetime) -> Lifetime {
+        let whole = if lifetime.negative { self.negative } else { self.fresh };
+        Lifetime { fresh: lifetime.fresh.min(whole), ..lifetime }
+    }
+
     /// After how long nothing of such an answer is of use any more.
     #[must_use]
     pub fn life(&self, lifetime: Lifetime) -> Duration {
+        let lifetime = self.cap(lifetime);
         if lifetime.negative {
             lifetime.fresh
         } else {

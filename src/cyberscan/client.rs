@@ -31,6 +31,7 @@ use crate::{
     clock::Clock,
     ctim::{DomainName, is_private},
     egress::{self, HostPatterns, Http, Reply, Transport},
+    live::Live,
     metrics::{Decision, Label, Metrics, UpstreamCall, UpstreamOutcome},
     trace::{self, Stage},
 };
@@ -85,10 +86,10 @@ struct Shared<A> {
     budget: Mutex<f64>,
     tokens: AccessTokens,
     clock: Clock,
-    config: Config,
+    config: Live<Config>,
     metrics: Metrics,
     /// Where links to CyberScan's own pages may lead: the allowed hosts and CyberScan itself.
-    pages: HostPatterns,
+    pages: Live<HostPatterns>,
 }
 
 /// One HTTP request, before it has a host and a token.
@@ -120,16 +121,22 @@ impl<A: Admission> Client<A> {
             budget: Mutex::new(1.0),
             tokens: AccessTokens::new(clock, tasks),
             clock,
-            config,
+            config: Live::new(config),
             metrics,
-            pages,
+            pages: Live::new(pages),
         }))
+    }
+
+    /// Asks as `config` says from now on.
+    pub fn reconfigure(&self, config: Config) {
+        self.0.pages.set(config.hosts.with_domain("cyberscan.io"));
+        self.0.config.set(config);
     }
 
     /// The answer about an address that CyberScan is not asked about, whoever wants to know: no internal address is
     /// told to a third party.
     fn unasked<T>(&self, ip: IpAddr) -> Option<Answer<T>> {
-        let asked = self.0.config.private_addresses || !is_private(ip);
+        let asked = self.0.config.get().private_addresses || !is_private(ip);
         (!asked).then(|| Answer { record: Record::Unknown, asked_at: self.0.clock.now(), stale: None })
     }
 
@@ -170,7 +177,7 @@ impl<A: Admission> Client<A> {
             let outcome = self.send(call, request, Some(token), &parse).await;
             let transient =
                 matches!(outcome, Err(Error::Unreachable { .. } | Error::Unavailable { status: 502..=504 }));
-            if !transient || repeated == self.0.config.retries || call.priority == Priority::Prefetch {
+            if !transient || repeated == self.0.config.get().retries || call.priority == Priority::Prefetch {
                 return outcome;
             }
             let pause = BACK_OFF.saturating_mul(1 << repeated).mul_f64(chance());
@@ -213,7 +220,7 @@ impl<A: Admission> Client<A> {
             expected: "an access token",
         };
         // Others may wait for the token longer than the one who asked first.
-        let call = Call { deadline: Instant::now() + self.0.config.timeout, ..call };
+        let call = Call { deadline: Instant::now() + self.0.config.get().timeout, ..call };
         match self.send(&call, &request, None, object::<Token>).await? {
             Record::Known(token) => Ok(token.access_token.clone()),
             Record::Unknown => Err(unexpected),
@@ -245,7 +252,7 @@ impl<A: Admission> Client<A> {
             *budget = (*budget + BUDGET).min(10.0);
         }
         let sent = Instant::now();
-        let deadline = call.deadline.min(sent + self.0.config.timeout);
+        let deadline = call.deadline.min(sent + self.0.config.get().timeout);
         let sending = self.0.http.send(egress::client::Call {
             method: request.method.clone(),
             host: tenant.host(),
@@ -347,12 +354,12 @@ fn came_to<T>(outcome: &Result<Record<T>, Error>) -> UpstreamOutcome {
 impl<A: Admission> CyberScan for Client<A> {
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
         let fetch = || self.clone().fetch_token(call.clone());
-        let token = self.0.tokens.get_younger_than(self.0.config.revalidate, call.tenant.id(), fetch);
+        let token = self.0.tokens.get_younger_than(self.0.config.get().revalidate, call.tenant.id(), fetch);
         Ok(within(call, token).await?.fetched())
     }
 
     async fn domain(&self, call: &Call, domain: &DomainName) -> Result<Answer<DomainRecord>, Error> {
-        let parse = |body: &[u8]| DomainRecord::parse(body, &self.0.pages);
+        let parse = |body: &[u8]| DomainRecord::parse(body, &self.0.pages.get());
         self.get(call, UpstreamCall::Domain, path("domain", domain.as_str()), "a domain record", parse).await
     }
 
@@ -360,7 +367,7 @@ impl<A: Admission> CyberScan for Client<A> {
         if let Some(answer) = self.unasked(ip) {
             return Ok(answer);
         }
-        let parse = |body: &[u8]| HostRecord::parse(body, &self.0.pages);
+        let parse = |body: &[u8]| HostRecord::parse(body, &self.0.pages.get());
         self.get(call, UpstreamCall::Host, path("ip", &ip.to_string()), "an address record", parse).await
     }
 

@@ -43,13 +43,7 @@ pub fn client_config(extra_ca: Option<&Path>) -> Result<ClientConfig, SetUpError
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = extra_ca {
         let fault = |reason: String| SetUpError::ExtraCa { path: path.display().to_string(), reason };
-        let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect)
-            .map_err(|error| fault(error.to_string()))?;
-        if certificates.is_empty() {
-            return Err(fault("no PEM certificate in it".into()));
-        }
-        for certificate in certificates {
+        for certificate in extra_roots(path).map_err(fault)? {
             roots.add(certificate).map_err(|error| fault(error.to_string()))?;
         }
     }
@@ -61,6 +55,40 @@ pub fn client_config(extra_ca: Option<&Path>) -> Result<ClientConfig, SetUpError
         .dangerous() // "Dangerous" names the place; every decision stays with webpki.
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_no_client_auth())
+}
+
+/// The most bytes of a file of certificates: a whole platform's are some 200 KiB.
+const CERTIFICATES: u64 = 4 << 20;
+
+/// The certificates in the PEM file `path`, each fit to be a root.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn extra_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    // A device or a pipe might never end.
+    let told = |error: std::io::Error| error.to_string();
+    let file = std::fs::metadata(path).map_err(told)?;
+    if !file.is_file() {
+        return Err("it is no file".to_owned());
+    }
+    if file.len() > CERTIFICATES {
+        return Err(format!("it has more than {CERTIFICATES} bytes"));
+    }
+    let text = std::fs::read(path).map_err(told)?;
+    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|_| "it is not in PEM form".to_owned())?;
+    if certificates.is_empty() {
+        let der = text.first() == Some(&0x30);
+        let hint = if der { "; it looks like DER: `openssl x509 -inform der` makes PEM of it" } else { "" };
+        return Err(format!("no PEM certificate in it{hint}"));
+    }
+    for certificate in &certificates {
+        RootCertStore::empty()
+            .add(certificate.clone())
+            .map_err(|error| format!("a certificate in it is no root: {error}"))?;
+    }
+    Ok(certificates)
 }
 
 fn builder(

@@ -34,6 +34,7 @@ use crate::{
     cyberscan::{
         Answer, Call, CyberScan, Error, HostRecord, Preload, Priority, Record, Tally, Vulnerabilities, Wanted,
     },
+    live::Live,
     tenant::Tenant,
 };
 
@@ -58,12 +59,16 @@ pub struct Config {
 pub struct Enricher<P> {
     cyberscan: Arc<P>,
     rendered: Rendered,
-    config: Config,
+    config: Live<Config>,
 }
 
 impl<P> Clone for Enricher<P> {
     fn clone(&self) -> Self {
-        Self { cyberscan: Arc::clone(&self.cyberscan), rendered: self.rendered.clone(), config: self.config }
+        Self {
+            cyberscan: Arc::clone(&self.cyberscan),
+            rendered: self.rendered.clone(),
+            config: self.config.clone(),
+        }
     }
 }
 
@@ -82,13 +87,19 @@ impl<P: CyberScan + Preload> Enricher<P> {
     /// An enricher that asks `cyberscan`.
     #[must_use]
     pub fn new(cyberscan: P, config: Config) -> Self {
-        Self { cyberscan: Arc::new(cyberscan), rendered: Rendered::new(config.rendered_memory), config }
+        let rendered = Rendered::new(config.rendered_memory);
+        Self { cyberscan: Arc::new(cyberscan), rendered, config: Live::new(config) }
+    }
+
+    /// Answers as `config` says from now on.
+    pub fn reconfigure(&self, config: Config) {
+        self.config.set(config);
     }
 
     /// When the answer to a request that came now is due.
     #[must_use]
     pub fn due(&self) -> Instant {
-        Instant::now() + self.config.deadline
+        Instant::now() + self.config.get().deadline
     }
 
     /// Makes sure that CyberScan accepts the tenant's key.
@@ -111,7 +122,7 @@ impl<P: CyberScan + Preload> Enricher<P> {
         let call = Call::new(tenant, deadline, Priority::Interactive);
         let asked = Asked::default();
         let look_up = |observable| self.sightings(&call, &asked, observable, limit);
-        let wanted = Wanted { hosts: self.config.ip_details_page, vulnerabilities: true };
+        let wanted = Wanted { hosts: self.config.get().ip_details_page, vulnerabilities: true };
         self.join(&call, observables, wanted, look_up).await
     }
 
@@ -153,14 +164,14 @@ impl<P: CyberScan + Preload> Enricher<P> {
         };
         let details_page = match observable.subject() {
             // Paid for only where there is something to link from.
-            Subject::Ip(ip) if self.config.ip_details_page && !vulnerabilities.0.is_empty() => {
+            Subject::Ip(ip) if self.config.get().ip_details_page && !vulnerabilities.0.is_empty() => {
                 findings.note(self.cyberscan.host(call, *ip).await)
             }
             Subject::Ip(_) => None,
             Subject::Domain(_) => details_page,
         };
         let seen = Seen { ip, details_page, vulnerabilities, asked_at: answer.asked_at };
-        let docs = self.rendered.get(seen, call.tenant.id(), observable, self.config.tlp);
+        let docs = self.rendered.get(seen, call.tenant.id(), observable, self.config.get().tlp);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         if docs.len() > limit {
             findings.problems.add(Problem::LeftOut { count: docs.len() - limit });
@@ -189,7 +200,7 @@ impl<P: CyberScan + Preload> Enricher<P> {
     /// known: looking them up would cost a call and tell a third party about an internal network.
     fn is_looked_up(&self, subject: &Subject) -> bool {
         match subject {
-            Subject::Ip(ip) => self.config.private_addresses || !is_private(*ip),
+            Subject::Ip(ip) => self.config.get().private_addresses || !is_private(*ip),
             Subject::Domain(_) => true,
         }
     }
@@ -219,7 +230,7 @@ impl<P: CyberScan + Preload> Enricher<P> {
         let subjects: Vec<Subject> =
             observables.iter().map(|observable| observable.subject().clone()).collect();
         self.cyberscan.preload(call, &subjects, wanted).await;
-        let turns = &Semaphore::new(self.config.concurrency.get());
+        let turns = &Semaphore::new(self.config.get().concurrency.get());
         let look_up = &look_up;
         let look_ups = observables.into_iter().map(|observable| async move {
             let _turn = turns.acquire().await;

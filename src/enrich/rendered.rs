@@ -32,6 +32,7 @@ struct Rendering {
     vulnerabilities: Weak<Vulnerabilities>,
     ip: IpAddr,
     details_page: Option<String>,
+    tlp: Tlp,
     docs: Arc<[Arc<RawValue>]>,
 }
 
@@ -60,13 +61,14 @@ impl Rendered {
             && std::ptr::eq(rendering.vulnerabilities.as_ptr(), Arc::as_ptr(&seen.vulnerabilities))
             && rendering.ip == seen.ip
             && rendering.details_page == seen.details_page
+            && rendering.tlp == tlp
         {
             return Arc::clone(&rendering.docs);
         }
         let docs: Arc<[_]> = seen.render(tenant, observable, tlp).into();
         let Seen { ip, details_page, vulnerabilities, asked_at: _ } = seen;
         let vulnerabilities = Arc::downgrade(&vulnerabilities);
-        let rendering = Rendering { vulnerabilities, ip, details_page, docs: Arc::clone(&docs) };
+        let rendering = Rendering { vulnerabilities, ip, details_page, tlp, docs: Arc::clone(&docs) };
         self.0.insert(of, Arc::new(rendering));
         docs
     }

@@ -64,12 +64,15 @@ async fn check<P: CyberScan + Preload>(
     Ok(Health { status: "ok", quotas: quotas.iter().filter_map(|quota| bucket(quota, now)).collect() })
 }
 
-/// The platform knows no unit below a minute; quotas per second are not shown.
+/// Quotas of lengths the platform has no unit for, a second above all, are not shown.
 fn bucket(quota: &QuotaUse, now: Timestamp) -> Option<(String, Quota)> {
     let unit = match quota.per.as_secs() {
         60 => "minute",
         3_600 => "hour",
         86_400 => "day",
+        604_800 => "week",
+        // The platform has no word for thirty days but this.
+        2_592_000 => "month",
         _ => return None,
     };
     let whose = if quota.of_fleet { "all tenants" } else { "this tenant" };

@@ -36,6 +36,7 @@ use crate::{
     ctim::{ErrorItem, Observable},
     cyberscan::{CyberScan, Preload, Quotas, Tally},
     enrich::Enricher,
+    live::Live,
     metrics::{Label, Metrics},
     trace::{self, Stage, Traces},
 };
@@ -73,12 +74,24 @@ pub struct Relay<P> {
     authenticator: Authenticator,
     enricher: Enricher<P>,
     quotas: Arc<dyn Quotas>,
-    limits: Limits,
+    live: Live<Changing>,
     clock: Clock,
     bulkhead: Bulkhead,
     metrics: Metrics,
+}
+
+/// What of the settings may change.
+struct Changing {
+    limits: Limits,
     /// `log.observables`: whether observables may be logged.
     log_observables: bool,
+}
+
+impl Changing {
+    fn of(config: &Config) -> Self {
+        let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
+        Self { limits, log_observables: config.log_observables }
+    }
 }
 
 impl<P> Clone for Relay<P> {
@@ -87,11 +100,10 @@ impl<P> Clone for Relay<P> {
             authenticator: self.authenticator.clone(),
             enricher: self.enricher.clone(),
             quotas: Arc::clone(&self.quotas),
-            limits: self.limits,
+            live: self.live.clone(),
             clock: self.clock,
             bulkhead: self.bulkhead.clone(),
             metrics: self.metrics.clone(),
-            log_observables: self.log_observables,
         }
     }
 }
@@ -107,11 +119,15 @@ impl<P: CyberScan + Preload> Relay<P> {
         config: &Config,
         metrics: Metrics,
     ) -> Self {
-        let limits = Limits { bytes: config.body_limit, time: config.body_timeout };
         let bulkhead = Bulkhead::new(config.max_in_flight);
-        let log_observables = config.log_observables;
+        let live = Live::new(Changing::of(config));
         let quotas = Arc::new(quotas);
-        Self { authenticator, enricher, quotas, limits, clock, bulkhead, metrics, log_observables }
+        Self { authenticator, enricher, quotas, live, clock, bulkhead, metrics }
+    }
+
+    /// Of `config`, takes what can change while it serves.
+    pub fn reconfigure(&self, config: &Config) {
+        self.live.set(Changing::of(config));
     }
 
     /// Adds to the account of `reply` what was asked and where answers came from.
@@ -120,7 +136,7 @@ impl<P: CyberScan + Preload> Relay<P> {
             account.observables = asked.observables.len();
             account.tenant.clone_from(&asked.tenant);
             account.tally = tally;
-            account.asked = self.log_observables.then(|| {
+            account.asked = self.live.get().log_observables.then(|| {
                 let asked = asked.observables.iter().map(|observable| observable.subject().to_string());
                 asked.collect::<Vec<_>>().join(",")
             });
@@ -162,7 +178,7 @@ impl<P: CyberScan + Preload> Relay<P> {
             Ok(tenant) => Some(place.of(tenant.id()).ok_or_else(error_reply::busy)?),
             Err(_) => None,
         };
-        let reading = body::read(headers, body, self.limits);
+        let reading = body::read(headers, body, self.live.get().limits);
         Ok((authorized, place, trace::stage(Stage::Body, reading, |_, _| {}).await?))
     }
 }

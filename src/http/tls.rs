@@ -255,14 +255,12 @@ impl TlsAcceptor {
         *self.seen() = Seen { files: pair.files, fingerprint: pair.fingerprint };
     }
 
-    /// Reads the files in use again, also if they seem to be the same.
+    /// Reads `files` and uses them from now on, also if they seem to be the same.
     ///
     /// # Errors
     /// When they cannot be used; what was in use stays so.
-    pub fn reload(&self) -> Result<(), Error> {
-        let files = Files::read(&self.seen().files.clone());
-        self.seen().fingerprint = files.fingerprint();
-        self.install(files.pair()?);
+    pub fn reload(&self, files: &Config) -> Result<(), Error> {
+        self.install(Pair::load(files)?);
         Ok(())
     }
 
@@ -626,7 +624,7 @@ pub(super) mod tests {
             };
             assert_eq!(kind().await, rustls::HandshakeKind::Full);
             assert_eq!(kind().await, rustls::HandshakeKind::Resumed);
-            acceptor.reload().unwrap();
+            acceptor.reload(&issued.files()).unwrap();
             assert_eq!(kind().await, rustls::HandshakeKind::Full, "tickets are not carried over");
         }
     }
@@ -701,7 +699,7 @@ pub(super) mod tests {
                 assert!(!is_believed(&acceptor, &refused.pem).await);
             }
             fs::remove_file(issued.files().certificate).unwrap();
-            assert!(acceptor.reload().is_err());
+            assert!(acceptor.reload(&issued.files()).is_err());
             assert!(is_believed(&acceptor, &issued.pem).await);
             shutdown.cancel();
         };
@@ -720,10 +718,10 @@ pub(super) mod tests {
         // Of a chain, what ends first.
         let longer = Issued::with("relay.test", |params| params.not_after = year(2091));
         issued.write(longer.pem.clone() + &issued.pem, &longer.key);
-        acceptor.reload().unwrap();
+        acceptor.reload(&issued.files()).unwrap();
         assert_eq!(metrics.tls_certificate_expiry.get(()), 1_009_843_200);
         issued.write(&longer.pem, &longer.key);
-        acceptor.reload().unwrap();
+        acceptor.reload(&issued.files()).unwrap();
         assert_eq!(metrics.tls_certificate_expiry.get(()), 3_818_448_000);
     }
 }

@@ -36,6 +36,7 @@ use self::{
 };
 use crate::{
     cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse, Quotas},
+    live::Live,
     metrics::{Decision, Label, Metrics, QuotaScope, QuotaWindow, Urgency},
     redis_pool::{Redis, Unavailable},
     tenant::TenantId,
@@ -78,9 +79,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub struct Limiter(Arc<Inner>);
 
 struct Inner {
-    config: Config,
+    config: Live<Config>,
     shared: Option<SharedQuota>,
-    fleet: Scope,
+    fleet: Live<Scope>,
     tenants: Cache<TenantId, Arc<Tenant>>,
     /// Tenants take turns at the fleet's quota: the lock is fair.
     turn: tokio::sync::Mutex<()>,
@@ -109,7 +110,7 @@ struct Scope {
 
 struct Tenant {
     id: TenantId,
-    scope: Scope,
+    scope: Live<Scope>,
     slots: Arc<Semaphore>,
     queue: Mutex<Queue>,
     /// Calls used in each window of the tenant and of the fleet, as of then.
@@ -167,7 +168,7 @@ impl Limiter {
     pub fn new(config: Config, redis: Option<Redis>, metrics: Metrics, tasks: TaskTracker) -> Self {
         let started = Instant::now();
         Self(Arc::new(Inner {
-            fleet: Scope::new(&config.fleet, config.fallback_share),
+            fleet: Live::new(Scope::new(&config.fleet, config.fallback_share)),
             shared: redis.map(SharedQuota::new),
             // A tenant that is new always finds a place: what it has used is not to be forgotten at once.
             tenants: Cache::builder()
@@ -180,15 +181,38 @@ impl Limiter {
             started,
             metrics,
             tasks,
-            config,
+            config: Live::new(config),
         }))
+    }
+
+    /// Limits as `config` says from now on. A quota of the same length goes on counting; how many calls may be under way
+    /// at once does not change.
+    pub fn reconfigure(&self, config: Config) {
+        let (old, now, share) = (self.0.config.snapshot(), self.now(), config.fallback_share);
+        let same = (&old.tenant, &old.fleet, old.fallback_share) == (&config.tenant, &config.fleet, share);
+        let config = Config { concurrency: old.concurrency, ..config };
+        if same {
+            return self.0.config.set(config);
+        }
+        self.0.fleet.set(self.0.fleet.snapshot().succeeded_by(&config.fleet, share, now));
+        let tenant_windows = config.tenant.clone();
+        // First for those who are new, then for those there are.
+        self.0.config.set(config);
+        for (_, tenant) in &self.0.tenants {
+            tenant.scope.set(tenant.scope.snapshot().succeeded_by(&tenant_windows, share, now));
+            *lock(&tenant.used) = None;
+            let mut queue = lock(&tenant.queue);
+            queue.next = None;
+        }
+        *lock(&self.0.fleet_next) = None;
     }
 
     /// Brings the gauges of quotas up to date.
     pub fn measure(&self) {
         let mut ratios = vec![[0.0_f64; QuotaWindow::ALL.len()]; QuotaScope::ALL.len()];
-        let of_tenant = self.0.config.tenant.iter().map(|window| (QuotaScope::Tenant, window));
-        let of_fleet = self.0.config.fleet.iter().map(|window| (QuotaScope::Fleet, window));
+        let config = self.0.config.get();
+        let of_tenant = config.tenant.iter().map(|window| (QuotaScope::Tenant, window));
+        let of_fleet = config.fleet.iter().map(|window| (QuotaScope::Fleet, window));
         let windows: Vec<_> = of_tenant.chain(of_fleet).collect();
         for (_, tenant) in &self.0.tenants {
             let Some((at, used)) = &*lock(&tenant.used) else { continue };
@@ -211,10 +235,11 @@ impl Limiter {
 
     fn tenant(&self, id: TenantId) -> Arc<Tenant> {
         self.0.tenants.get_with(id, || {
+            let config = self.0.config.get();
             Arc::new(Tenant {
                 id,
-                scope: Scope::new(&self.0.config.tenant, self.0.config.fallback_share),
-                slots: Arc::new(Semaphore::new(self.0.config.concurrency)),
+                scope: Live::new(Scope::new(&config.tenant, config.fallback_share)),
+                slots: Arc::new(Semaphore::new(config.concurrency)),
                 queue: Mutex::default(),
                 used: Mutex::default(),
             })
@@ -223,7 +248,8 @@ impl Limiter {
 
     /// Whether calls are counted. With Redis they are also asked about there, because of the pauses.
     fn metered(&self) -> bool {
-        let limited = !(self.0.config.tenant.is_empty() && self.0.config.fleet.is_empty());
+        let config = self.0.config.get();
+        let limited = !(config.tenant.is_empty() && config.fleet.is_empty());
         limited || self.0.shared.is_some()
     }
 
@@ -235,7 +261,7 @@ impl Limiter {
             queue.waiting.retain(|waiter| !waiter.granter.is_closed());
             let ahead = queue.waiting.len();
             let wait = self.wait_behind(&queue, ahead);
-            if ahead >= self.0.config.queue || Instant::now() + wait > deadline {
+            if ahead >= self.0.config.get().queue || Instant::now() + wait > deadline {
                 return Err(throttled(wait));
             }
             let (granter, granted) = oneshot::channel();
@@ -263,7 +289,8 @@ impl Limiter {
         let estimates = [queue.next, *lock(&self.0.fleet_next)].into_iter().flatten();
         let until = estimates.map(|estimate| estimate.wait(ahead, now)).max().unwrap_or_default();
         let until = until.max(queue.paused.map_or(Duration::ZERO, |end| end.saturating_duration_since(now)));
-        let windows = self.0.config.tenant.iter().chain(&self.0.config.fleet);
+        let config = self.0.config.get();
+        let windows = config.tenant.iter().chain(&config.fleet);
         let whole = windows.map(|window| {
             let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
             window.per.saturating_mul(rounds)
@@ -316,7 +343,7 @@ impl Limiter {
     /// Takes calls for who waits. Where only the fleet has none left, the turn is kept until it has or nobody waits:
     /// then other tenants have theirs, in the order they came.
     async fn take_in_turn(&self, tenant: &Tenant, wanted: u32) -> Grant {
-        if self.0.fleet.windows.is_empty() {
+        if self.0.fleet.get().windows.is_empty() {
             return self.take(tenant, wanted, Priority::Interactive).await;
         }
         let _turn = self.0.turn.lock().await;
@@ -395,22 +422,21 @@ impl Limiter {
         }
         let leave = match priority {
             Priority::Interactive => 0.0,
-            Priority::Prefetch => self.0.config.reserve,
+            Priority::Prefetch => self.0.config.get().reserve,
         };
         let Some(shared) = &self.0.shared else {
             return self.take_here(tenant, calls, leave);
         };
         // Who asks for none may leave before there is an answer.
         let tell = calls > 0;
-        let (of_tenant, of_fleet) =
-            (tenant.scope.owed(self.now(), tell), self.0.fleet.owed(self.now(), tell));
+        // Those of a reload meanwhile are for who comes later.
+        let (own, fleet) = (tenant.scope.snapshot(), self.0.fleet.snapshot());
+        let (of_tenant, of_fleet) = (own.owed(self.now(), tell), fleet.owed(self.now(), tell));
         let demand = Demand { tenant: tenant.id, of_tenant: &of_tenant, of_fleet: &of_fleet, calls, leave };
         match shared.take(&demand).await {
             Ok(grant) => {
                 let (born, now) = (grant.born.split_at(of_tenant.len()), self.now());
-                for (scope, told, born) in
-                    [(&tenant.scope, &of_tenant, born.0), (&self.0.fleet, &of_fleet, born.1)]
-                {
+                for (scope, told, born) in [(&own, &of_tenant, born.0), (&fleet, &of_fleet, born.1)] {
                     scope.settle(told);
                     scope.recall(now, told, born);
                     scope.note(now, grant.calls);
@@ -419,7 +445,7 @@ impl Limiter {
             }
             Err(Unavailable) => {
                 // What could not be told now is when Redis is back.
-                for (scope, told) in [(&tenant.scope, &of_tenant), (&self.0.fleet, &of_fleet)] {
+                for (scope, told) in [(&own, &of_tenant), (&fleet, &of_fleet)] {
                     if told.iter().any(|account| !account.forgotten.is_empty()) {
                         lock(&scope.born).fill(0);
                     }
@@ -432,7 +458,8 @@ impl Limiter {
     /// Without any Redis: this process counts alone.
     fn take_here(&self, tenant: &Tenant, calls: u32, leave: f64) -> Grant {
         let now = self.now();
-        let (mut own, mut all) = (tenant.scope.counted(now), self.0.fleet.counted(now));
+        let (own, fleet) = (tenant.scope.snapshot(), self.0.fleet.snapshot());
+        let (mut own, mut all) = (own.counted(now), fleet.counted(now));
         let mut windows: Vec<&mut SlidingWindow> = own.iter_mut().chain(all.iter_mut()).collect();
         let free = |window: &mut SlidingWindow| {
             let ceiling = f64::from(window.ceiling(now));
@@ -456,9 +483,9 @@ impl Limiter {
     /// While Redis is away: one call, if this replica's share has one. What is granted is remembered, so
     /// that Redis can be told when it is back.
     fn take_share(&self, tenant: &Tenant, calls: u32, priority: Priority) -> Grant {
-        let (scopes, now) = ([&tenant.scope, &self.0.fleet], self.now());
+        let (scopes, now) = ([tenant.scope.snapshot(), self.0.fleet.snapshot()], self.now());
         // Both are asked before either is taken from: what one grants and the other refuses would be lost.
-        let [own, all] = scopes.map(|scope| scope.wait_for_share(now));
+        let [own, all] = scopes.each_ref().map(|scope| scope.wait_for_share(now));
         // Prefetching can wait until the fleet counts together again.
         let granted = calls > 0 && own.max(all).is_zero() && priority == Priority::Interactive;
         if granted {
@@ -504,7 +531,10 @@ impl Limiter {
             return Err(throttled(FIRST_PAUSE));
         }
         // Of the slots, too, a reserve is left to who waits.
-        let reserve = (self.0.config.concurrency as f64 * self.0.config.reserve) as usize;
+        let reserve = {
+            let config = self.0.config.get();
+            (config.concurrency as f64 * config.reserve) as usize
+        };
         let slot = (tenant.slots.available_permits() > reserve)
             .then(|| Arc::clone(&tenant.slots).try_acquire_owned().ok())
             .flatten()
@@ -572,7 +602,8 @@ impl Quotas for Limiter {
                 let quota = move |window: &Window| (of_fleet, window.limit.get(), window.per);
                 windows.iter().map(quota).collect::<Vec<_>>()
             };
-            let windows = [of(&self.0.config.tenant, false), of(&self.0.config.fleet, true)].concat();
+            let config = self.0.config.get();
+            let windows = [of(&config.tenant, false), of(&config.fleet, true)].concat();
             let windows = windows.into_iter().zip(grant.used);
             windows.map(|((of_fleet, limit, per), used)| QuotaUse { of_fleet, limit, per, used }).collect()
         })
@@ -599,6 +630,24 @@ impl Scope {
             share: windows.iter().map(|window| Spacing::new(*window, share)).collect(),
             shares: windows.iter().map(|window| part(window).max(1)).collect(),
         }
+    }
+
+    /// The same for other windows. What was counted in one of the same length goes on counting; another is new.
+    fn succeeded_by(&self, windows: &[Window], share: f64, now: u64) -> Self {
+        let successor = Self::new(windows, share);
+        for (old, new) in [(&self.counted, &successor.counted), (&self.untold, &successor.untold)] {
+            let old = lock(old);
+            if old.is_empty() {
+                continue;
+            }
+            let known = |window: &Window| old.iter().find(|known| known.window().per == window.per);
+            let carried = windows.iter().map(|window| match known(window) {
+                Some(known) => known.with_limit(*window),
+                None => SlidingWindow::new(*window, now),
+            });
+            lock(new).extend(carried);
+        }
+        successor
     }
 
     fn counted(&self, now: u64) -> MutexGuard<'_, Vec<SlidingWindow>> {

@@ -14,21 +14,55 @@ pub struct Window {
     pub per: Duration,
 }
 
-impl FromStr for Window {
-    type Err = ();
+/// The longest window.
+const LONGEST: Duration = Duration::from_secs(366 * 86_400);
+/// The most calls of a window; beyond them nothing is limited.
+const MOST: u32 = 1_000_000_000;
 
-    /// `10/s`, `600/m`, `1000/h`, `5000/d`.
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let (limit, unit) = text.split_once('/').ok_or(())?;
-        let seconds = match unit.trim() {
-            "s" => 1,
-            "m" => 60,
-            "h" => 3_600,
-            "d" => 86_400,
-            _ => return Err(()),
-        };
-        Ok(Self { limit: limit.trim().parse().map_err(|_| ())?, per: Duration::from_secs(seconds) })
+/// The text is no quota.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotAQuota {
+    /// It has no such form.
+    #[error("calls, a slash, and in how long: s, m, h, d, w, or a duration such as 90s, 15m or 30d")]
+    Form,
+    /// No calls, or more than anybody sells.
+    #[error("calls are a number from 1 to {MOST}")]
+    Calls,
+    /// A part of a second, or more than a year.
+    #[error("the time is a whole number of seconds, from 1s to 366d")]
+    Length,
+}
+
+impl FromStr for Window {
+    type Err = NotAQuota;
+
+    /// `10/s`, `600/m`, `1000/h`, `5000/d`, `20000/w`, `100000/30d`.
+    fn from_str(text: &str) -> Result<Self, NotAQuota> {
+        let (limit, per) = text.split_once('/').ok_or(NotAQuota::Form)?;
+        let per = length(per.trim()).ok_or(NotAQuota::Form)?;
+        if per.subsec_nanos() != 0 || per.is_zero() || per > LONGEST {
+            return Err(NotAQuota::Length);
+        }
+        let limit = limit.trim();
+        if limit.is_empty() || !limit.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(if limit.starts_with('-') { NotAQuota::Calls } else { NotAQuota::Form });
+        }
+        let limit = limit.parse().ok().filter(|limit: &NonZeroU32| limit.get() <= MOST);
+        Ok(Self { limit: limit.ok_or(NotAQuota::Calls)?, per })
     }
+}
+
+/// `d`, `30d`: a unit, or a duration, of which a day has 24 hours.
+fn length(text: &str) -> Option<Duration> {
+    let one;
+    let text = if text.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        one = format!("1{text}");
+        &one
+    } else {
+        text
+    };
+    let span: jiff::Span = text.parse().ok()?;
+    span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok()?.try_into().ok()
 }
 
 impl Window {
@@ -39,7 +73,9 @@ impl Window {
             ..=1 => QuotaWindow::Second,
             2..=60 => QuotaWindow::Minute,
             61..=3_600 => QuotaWindow::Hour,
-            _ => QuotaWindow::Day,
+            3_601..=86_400 => QuotaWindow::Day,
+            86_401..=604_800 => QuotaWindow::Week,
+            _ => QuotaWindow::Month,
         }
     }
 }
@@ -76,6 +112,11 @@ impl SlidingWindow {
         self.window
     }
 
+    /// The same calls, with another limit.
+    pub(super) fn with_limit(&self, window: Window) -> Self {
+        Self { window, ..self.clone() }
+    }
+
     /// Microseconds of one part.
     fn part(&self) -> u64 {
         micros(self.window.per) / PARTS
@@ -97,8 +138,10 @@ impl SlidingWindow {
     pub(super) fn ceiling(&self, now: u64) -> u32 {
         let (limit, per) = (u64::from(self.window.limit.get()), micros(self.window.per));
         let age = now.saturating_sub(self.born);
-        let grown = (limit / PARTS).max(1) + limit.saturating_mul(age) / per;
-        u32::try_from(grown.min(limit)).unwrap_or(u32::MAX)
+        // A billion calls in thirty days: more than 64 bits.
+        let grown =
+            u128::from(limit) * u128::from(age) / u128::from(per) + u128::from((limit / PARTS).max(1));
+        u32::try_from(grown.min(limit.into())).unwrap_or(u32::MAX)
     }
 
     /// Notes `calls` made now.
@@ -175,12 +218,33 @@ mod tests {
             ("7/m", 60, QuotaWindow::Minute),
             ("7/h", 3_600, QuotaWindow::Hour),
             ("7/d", 86_400, QuotaWindow::Day),
+            ("7/w", 604_800, QuotaWindow::Week),
+            ("100000/30d", 2_592_000, QuotaWindow::Month),
+            ("7/15m", 900, QuotaWindow::Hour),
+            ("7 / 1 week", 604_800, QuotaWindow::Week),
         ] {
             let window = window(text);
             assert!(window.per == Duration::from_secs(seconds) && window.name() == name, "{text}");
         }
-        for text in ["", "10", "0/s", "-1/s", "10/w", "10/", "/s", "ten/s"] {
-            assert!(text.parse::<Window>().is_err(), "{text}");
+        for (text, why) in [
+            ("", NotAQuota::Form),
+            ("10", NotAQuota::Form),
+            ("10/", NotAQuota::Form),
+            ("/s", NotAQuota::Form),
+            ("ten/s", NotAQuota::Form),
+            ("+10/s", NotAQuota::Form),
+            ("10/5", NotAQuota::Form),
+            ("10/mo", NotAQuota::Form),
+            ("10/fortnight", NotAQuota::Form),
+            ("0/s", NotAQuota::Calls),
+            ("-1/s", NotAQuota::Calls),
+            ("4294967296/s", NotAQuota::Calls),
+            ("10/0s", NotAQuota::Length),
+            ("10/-1s", NotAQuota::Form),
+            ("10/1500ms", NotAQuota::Length),
+            ("10/400d", NotAQuota::Length),
+        ] {
+            assert_eq!(text.parse::<Window>(), Err(why), "{text}");
         }
     }
 
@@ -217,6 +281,24 @@ mod tests {
     }
 
     #[test]
+    fn a_window_of_a_month_is_had_whole_however_many_calls_it_has() {
+        for limit in ["1/30d", "1000/30d", "1000000000/30d", "1000000000/366d"] {
+            let quota = window(limit);
+            let mut month = SlidingWindow::new(quota, 0);
+            let (all, per) = (quota.limit.get(), micros(quota.per));
+            let half = month.available(per / 2);
+            assert!(
+                half >= all / 2 && u64::from(half) <= u64::from(all) / 2 + u64::from(all) / 100 + 1,
+                "{half} of {limit}"
+            );
+            assert_eq!(month.available(per), all, "{limit}");
+            month.take(per, all);
+            assert_eq!(month.available(2 * per - 1), 0, "{limit}");
+            assert_eq!(month.available(2 * per + per / 100), all, "{limit}");
+        }
+    }
+
+    #[test]
     fn under_constant_demand_almost_the_whole_quota_is_used() {
         let mut window = SlidingWindow::new(window("10/s"), 0);
         let mut calls = 0;
@@ -234,12 +316,13 @@ mod tests {
         #[test]
         fn no_span_holds_more_calls_than_the_limit(
             limit in 1..40_u32, gaps in proptest::collection::vec((0..200_000_u64, 1..10_u32), 1..300),
+            seconds in proptest::sample::select(vec![1_u64, 86_400, 604_800, 2_592_000, 366 * 86_400]),
         ) {
-            let quota = Window { limit: NonZeroU32::new(limit).unwrap(), per: Duration::from_secs(1) };
+            let quota = Window { limit: NonZeroU32::new(limit).unwrap(), per: Duration::from_secs(seconds) };
             let mut window = SlidingWindow::new(quota, 0);
             let (mut now, mut made) = (0, Vec::new());
             for (gap, wanted) in gaps {
-                now += gap;
+                now += gap * seconds;
                 let granted = window.available(now).min(wanted);
                 if granted > 0 {
                     window.take(now, granted);
@@ -247,7 +330,7 @@ mod tests {
                 }
             }
             for (first, start) in made.iter().enumerate() {
-                let within = made.iter().skip(first).take_while(|at| **at < start + SECOND).count();
+                let within = made.iter().skip(first).take_while(|at| **at < start + seconds * SECOND).count();
                 prop_assert!(within <= limit as usize);
             }
         }

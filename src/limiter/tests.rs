@@ -471,10 +471,16 @@ async fn the_script_does_what_the_model_does() {
     let server = RedisServer::start().await;
     let quota = SharedQuota::new(Redis::to(&server.url()));
     let mut number = numbers(7);
-    for (case, (of_tenant, of_fleet)) in
-        [("20/s", ""), ("7/s,40/m", ""), ("200/s", "50/s"), ("", "3/s"), ("1000/s,5000/d", "700/s")]
-            .iter()
-            .enumerate()
+    for (case, (of_tenant, of_fleet)) in [
+        ("20/s", ""),
+        ("7/s,40/m", ""),
+        ("200/s", "50/s"),
+        ("", "3/s"),
+        ("1000/s,5000/d", "700/s"),
+        ("40000/w,100000/30d", "1000000000/366d"),
+    ]
+    .iter()
+    .enumerate()
     {
         let Config { tenant, fleet, .. } = config(of_tenant, of_fleet);
         let id = call_of(&format!("key-{case}"), SECOND, Priority::Interactive).tenant.id();
@@ -693,7 +699,7 @@ async fn a_moment_without_redis_refuses_nobody_for_long() {
         // To ask costs nothing, neither with Redis nor without.
         assert!(limiter.quotas(&call(SECOND).tenant).await.is_empty());
         // Redis has forgotten nothing: it is not going to be told again what it knows.
-        assert!(lock(&limiter.0.fleet.born).iter().all(|born| *born > 0));
+        assert!(lock(&limiter.0.fleet.get().born).iter().all(|born| *born > 0));
         server.thaw();
         let thawed = Instant::now();
         while limiter.admit(&call(2 * SECOND)).await.is_err() {

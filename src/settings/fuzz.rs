@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use super::{DEFAULTS, Effective, Fault, Faults, Layer, Settings, is_secret};
+use super::{DEFAULTS, Effective, Fault, Faults, Layer, Settings, reader::is_secret};
 
 /// A TOML file; behind a line of `---`, lines of `VARIABLE=value`.
 pub fn settings(input: &[u8]) {
@@ -53,6 +53,6 @@ fn shown(settings: &Settings) -> Vec<(&'static str, String)> {
 }
 
 /// A basic string of TOML, which differs from one of JSON in this one character.
-fn quoted(value: &str) -> String {
+pub(super) fn quoted(value: &str) -> String {
     serde_json::Value::from(value).to_string().replace('\u{7f}', "\\u007f")
 }

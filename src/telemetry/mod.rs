@@ -11,7 +11,9 @@ use std::{
 };
 
 use tracing::error;
-use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Registry, filter::LevelFilter, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 
 /// Settings `log.*`.
 #[derive(Clone, Debug)]
@@ -47,18 +49,54 @@ impl FromStr for LogFormat {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Level(String);
 
-impl FromStr for Level {
-    type Err = ();
+/// The text is no level, or would leave the relay without a log by accident.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotALevel {
+    /// A directive that is none.
+    #[error("levels are error, warn, info, debug, trace and off; a directive for a part is <target>=<level>")]
+    Directive,
+    /// Nothing in it is about the relay.
+    #[error(
+        "nothing would be logged of the relay itself; begin with a level for everything: info,hyper=debug"
+    )]
+    Silent,
+}
 
-    fn from_str(text: &str) -> Result<Self, ()> {
-        // The filter takes what says nothing for "log nothing".
-        let says_something = |directive: &str| {
-            let directive = directive.trim();
-            !directive.is_empty() && !directive.contains(char::is_whitespace) && !directive.ends_with('=')
-        };
-        match EnvFilter::try_new(text) {
-            Ok(_) if text.split(',').all(says_something) => Ok(Self(text.to_owned())),
-            _ => Err(()),
+impl FromStr for Level {
+    type Err = NotALevel;
+
+    /// Stricter than the filter, which takes a word it does not know for the name of a target, and a target without a
+    /// level for everything of it.
+    fn from_str(text: &str) -> Result<Self, NotALevel> {
+        let mut about_us = false;
+        let mut directives = Vec::new();
+        for directive in text.split(',').map(str::trim) {
+            let (target, level) = match directive.split_once('=') {
+                Some((target, level)) => (Some(target.trim()), level.trim()),
+                None => (None, directive),
+            };
+            let named = !level.is_empty() && level.bytes().all(|byte| byte.is_ascii_alphabetic());
+            let level: LevelFilter = level.parse().ok().filter(|_| named).ok_or(NotALevel::Directive)?;
+            match target {
+                None => {
+                    about_us = true;
+                    directives.push(level.to_string());
+                }
+                Some(target) => {
+                    let plain = |c: char| c.is_ascii_alphanumeric() || "_:-.".contains(c);
+                    if target.is_empty() || !target.chars().all(plain) {
+                        return Err(NotALevel::Directive);
+                    }
+                    about_us |= target.starts_with(env!("CARGO_CRATE_NAME"));
+                    directives.push(format!("{target}={level}"));
+                }
+            }
+        }
+        let text = directives.join(",");
+        match EnvFilter::try_new(&text) {
+            Ok(_) if about_us => Ok(Self(text)),
+            Ok(_) => Err(NotALevel::Silent),
+            Err(_) => Err(NotALevel::Directive),
         }
     }
 }
@@ -190,6 +228,44 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn a_word_that_is_no_level_is_none_and_nobody_loses_the_log_by_a_slip() {
+        for (text, filter) in [
+            ("info", "info"),
+            ("WARN", "warn"),
+            ("off", "off"),
+            ("info,hyper=debug", "info,hyper=debug"),
+            (" info , cyberscan_relay::cache = trace ", "info,cyberscan_relay::cache=trace"),
+            ("cyberscan_relay=debug", "cyberscan_relay=debug"),
+        ] {
+            assert_eq!(text.parse::<Level>(), Ok(Level(filter.to_owned())), "{text}");
+        }
+        for text in [
+            "",
+            " ",
+            "warning",
+            "fatal",
+            "verbose",
+            "inf",
+            "3",
+            "none",
+            "info,",
+            ",info",
+            "info debug",
+            "hyper=",
+            "=info",
+            "info,hyper",
+            "hyper=warning",
+            "[x]=info",
+            "info;debug",
+            "\"info\"",
+            "info,hyper=4",
+        ] {
+            assert_eq!(text.parse::<Level>(), Err(NotALevel::Directive), "{text:?}");
+        }
+        assert_eq!("hyper=debug".parse::<Level>(), Err(NotALevel::Silent));
+    }
 
     #[test]
     fn of_a_log_nobody_reads_a_megabyte_waits_and_no_more() {

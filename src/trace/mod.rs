@@ -20,9 +20,9 @@ use http::{Method, StatusCode};
 use url::Url;
 
 #[cfg(not(feature = "otel"))]
-pub use none::{Span, Traces, id, inherit, stage};
+pub use none::{Exporting, Span, Traces, id, inherit, stage};
 #[cfg(feature = "otel")]
-pub use spans::{Span, Traces, id, inherit, stage};
+pub use spans::{Exporting, Span, Traces, id, inherit, stage};
 
 use crate::metrics::{Operation, Resource, UpstreamCall};
 

@@ -38,23 +38,29 @@ struct Recorder {
     sampling: f64,
 }
 
+/// What sends spans to the collector, before it is started.
+pub struct Exporting(Option<export::Export>);
+
+impl Exporting {
+    /// Sends them until `shutdown` is cancelled.
+    pub(crate) fn start(self, tasks: &TaskTracker, shutdown: CancellationToken) {
+        if let Some(export) = self.0 {
+            tasks.spawn(export.run(shutdown));
+        }
+    }
+}
+
 impl Traces {
-    /// Records the share of requests that `config` says, and sends them until `shutdown` is cancelled.
+    /// Records the share of requests that `config` says; what sends them has to be started.
     ///
     /// # Errors
     /// When the collector's client cannot be set up.
-    pub(crate) fn start(
-        config: Option<&Config>,
-        egress: &egress::Config,
-        tasks: &TaskTracker,
-        shutdown: CancellationToken,
-    ) -> anyhow::Result<Self> {
-        let Some(Config { endpoint, sampling }) = config else { return Ok(Self(None)) };
+    pub(crate) fn new(config: Option<&Config>, egress: &egress::Config) -> anyhow::Result<(Self, Exporting)> {
+        let Some(Config { endpoint, sampling }) = config else { return Ok((Self(None), Exporting(None))) };
         let (name, version) = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
         let version = KeyValue::new("service.version", version);
         let resource = Resource::builder_empty().with_service_name(name).with_attribute(version).build();
         let (queue, export) = export::queue(Collector::new(&endpoint.0, egress)?, &resource);
-        tasks.spawn(export.run(shutdown));
         // What is not said here the SDK takes from the environment.
         let provider = SdkTracerProvider::builder()
             .with_sampler(Sampler::AlwaysOn)
@@ -62,7 +68,8 @@ impl Traces {
             .with_resource(resource)
             .with_span_processor(queue)
             .build();
-        Ok(Self(Some(Arc::new(Recorder { tracer: provider.tracer(name), sampling: *sampling }))))
+        let recorder = Recorder { tracer: provider.tracer(name), sampling: *sampling };
+        Ok((Self(Some(Arc::new(recorder))), Exporting(Some(export))))
     }
 
     /// The span of a request, if chance wants it recorded; `route` finds the template of a path.

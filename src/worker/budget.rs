@@ -27,6 +27,11 @@ const LEAST: f64 = 1.2;
 const DEARER: f64 = 4.0;
 
 impl Budget {
+    /// From now on readers renew in the last `share` of a life.
+    pub(super) fn readers_renew_in(&mut self, share: f64) {
+        self.refresh_ahead = share;
+    }
+
     /// A budget of `share` of the calls made anyway, where readers renew in the last `refresh_ahead` of a life.
     pub(super) fn new(share: f64, refresh_ahead: f64) -> Self {
         Self { share: share * SPENT, refresh_ahead, level: FIRST }

@@ -46,6 +46,8 @@ use crate::{
     },
     ctim::Subject,
     cyberscan::{Call, CyberScan, Error, Priority, RecordType},
+    egress::HostPatterns,
+    live::Live,
     metrics::{Metrics, Prefetch},
     redis_pool::Redis,
     tenant::{Tenant, TenantId},
@@ -128,6 +130,14 @@ struct Inner<C> {
     /// Relations that are being fetched or wait for a turn.
     following: Arc<Semaphore>,
     books: Mutex<HashMap<TenantId, Book>>,
+    live: Live<Changing>,
+}
+
+/// What of the settings may change while the worker works.
+struct Changing {
+    /// Where tenants may be; `None`: wherever they come from.
+    hosts: Option<HostPatterns>,
+    refresh_ahead: f64,
 }
 
 /// What is known of a tenant. Its key is in here, and nowhere else in the worker.
@@ -143,8 +153,8 @@ struct Book {
 }
 
 impl Book {
-    fn new(tenant: Arc<Tenant>, config: &Config) -> Self {
-        let (budget, now) = (Budget::new(config.budget, config.refresh_ahead), Instant::now());
+    fn new(tenant: Arc<Tenant>, share: f64, refresh_ahead: f64) -> Self {
+        let (budget, now) = (Budget::new(share, refresh_ahead), Instant::now());
         Self { tenant, seen: now, budget, relations: Relations::default(), look: now, scheduled: 0 }
     }
 }
@@ -166,11 +176,26 @@ impl<C: Renew> Worker<C> {
             index: Index::new(redis, config.entries),
             turns: Arc::new(Semaphore::new(config.concurrency)),
             following: Arc::new(Semaphore::new(FOLLOWING)),
+            live: Live::new(Changing { hosts: None, refresh_ahead: config.refresh_ahead }),
             config,
             metrics,
             tasks,
             books: Mutex::default(),
         }))
+    }
+
+    /// From now on works for tenants of `hosts` only, whose readers renew in the last `refresh_ahead` of a life; the
+    /// keys of other tenants are forgotten.
+    pub fn reconfigure(&self, hosts: HostPatterns, refresh_ahead: f64) {
+        self.0.live.set(Changing { hosts: Some(hosts), refresh_ahead });
+        self.books().retain(|_, book| {
+            book.budget.readers_renew_in(refresh_ahead);
+            self.may_work_for(&book.tenant)
+        });
+    }
+
+    fn may_work_for(&self, tenant: &Tenant) -> bool {
+        self.0.live.get().hosts.as_ref().is_none_or(|hosts| hosts.allow(tenant.host()))
     }
 
     /// Works until `shutdown`. A panic costs the round it happens in.
@@ -191,7 +216,7 @@ impl<C: Renew> Worker<C> {
     /// Collects what was read, then renews what is due.
     async fn round(&self) {
         let mut by_tenant: HashMap<TenantId, Vec<Note>> = HashMap::new();
-        for note in self.0.notes.collect() {
+        for note in self.0.notes.collect().into_iter().filter(|note| self.may_work_for(&note.tenant)) {
             by_tenant.entry(note.tenant.id()).or_default().push(note);
         }
         for (id, notes) in by_tenant {
@@ -218,7 +243,7 @@ impl<C: Renew> Worker<C> {
             let mut books = self.books();
             let book = books.entry(id).or_insert_with(|| {
                 new = true;
-                Book::new(Arc::clone(&tenant), &self.0.config)
+                Book::new(Arc::clone(&tenant), self.0.config.budget, self.0.live.get().refresh_ahead)
             });
             (book.tenant, book.seen) = (Arc::clone(&tenant), Instant::now());
             for note in notes {

@@ -15,7 +15,13 @@ use crate::harness::{Answer, TestRelay, seen};
 const TOKEN: (&str, &str) = ("RELAY_ADMIN_TOKEN", "a-token-of-the-operator");
 
 impl TestRelay {
-    async fn administer(&self, method: Method, path: &str, token: Option<&str>, body: &str) -> Answer {
+    pub(crate) async fn administer(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&str>,
+        body: &str,
+    ) -> Answer {
         let mut request = Request::builder().method(method).uri(path).header("host", "localhost");
         if let Some(token) = token {
             request = request.header("authorization", format!("Bearer {token}"));

@@ -1,13 +1,14 @@
 //! The one harness: a relay on a free port, in this process, put together as in production, with a
 //! sandbox behind it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use cyberscan_relay::{
     app, probe,
+    reload::Reloads,
     sandbox::{Options, Sandbox},
-    settings::Settings,
+    settings::Source,
     telemetry::LogLevel,
 };
 use http::{HeaderMap, Method, Request, StatusCode, header};
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::Notify,
     task::JoinHandle,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -33,6 +35,8 @@ pub(crate) const AUDIENCE: &str = "https://relay.test";
 pub(crate) struct TestRelay {
     pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
+    /// Asks for a reload.
+    pub(crate) asked: Arc<Notify>,
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) shutdown: CancellationToken,
     served: JoinHandle<()>,
@@ -143,18 +147,34 @@ impl TestRelay {
         let given = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let mut all: Vec<(String, String)> = given.collect();
         all.extend(own.into_iter().filter(|(name, _)| !settings.iter().any(|(given, _)| given == name)));
-        let settings = Settings::load(None, all).unwrap();
+        // Those of a file are whole, and all of them can be changed there.
+        let file =
+            settings.iter().find(|(name, _)| *name == "RELAY_CONFIG").map(|(_, path)| PathBuf::from(path));
+        if file.is_some() {
+            all.clear();
+        }
+        let (source, asked) = (Source::new(file, all), Arc::<Notify>::default());
+        let mut reloads = Reloads::new(source.clone(), Arc::clone(&asked));
+        if settings.iter().any(|(name, _)| name.ends_with("_FILE")) {
+            reloads = reloads.looking_every(Duration::from_millis(100));
+        }
+        let prepared = app::prepare(source.load().unwrap()).unwrap();
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let admin_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let admin = admin_listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let running =
-            app::run(settings, listener, Some((admin_listener, LogLevel::default())), shutdown.clone());
+        let running = app::serve(
+            prepared,
+            listener,
+            Some((admin_listener, LogLevel::default())),
+            Some(reloads),
+            shutdown.clone(),
+        );
         let served = tokio::spawn(async move { running.await.unwrap() });
         let sandbox = Arc::clone(sandbox);
-        Self { address, admin, sandbox, shutdown, served, certificate: None, _ca: ca }
+        Self { address, admin, asked, sandbox, shutdown, served, certificate: None, _ca: ca }
     }
 
     /// A connection, as the relay wants it.

@@ -33,6 +33,7 @@ mod otel;
 mod prefetch;
 mod proxies;
 mod redis_trouble;
+mod reload;
 mod replicas;
 mod routes;
 mod same_everywhere;
