@@ -3,8 +3,10 @@
 //! any of it.
 
 use std::{
-    io::{self, Write},
+    fs::OpenOptions,
+    io::{self, IsTerminal, Write},
     net::{IpAddr, SocketAddr},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -25,16 +27,18 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     app,
     chance::chance,
+    doctor,
     egress::{self, Http},
     module_type::{self, Action, Client, ModuleType, Platform},
     probe,
     sandbox::{self, Call, Rule, Sandbox},
     settings::Settings,
     telemetry::LogLevel,
+    tenant::ApiKey,
 };
 
-/// The relay's public URL, and so the audience of the demo's tokens.
-const URL: &str = "https://relay.demo";
+/// Where the status page is, if nothing else is there.
+const ADMIN_PORT: u16 = 9091;
 /// An address whose look-up fails.
 const FAILING: &str = "203.0.113.99";
 /// Where the fakes are.
@@ -50,35 +54,26 @@ pub async fn run(listen: SocketAddr, once: bool, shutdown: CancellationToken) ->
     let sandbox = Sandbox::start(sandbox::Options::default()).await?;
     sandbox.cyberscan.latency(LATENCY);
     sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value(FAILING).answer(503));
-    let certificate = CertificateFile::write(&sandbox.ca_pem)?;
-    let listener = match TcpListener::bind(listen).await {
-        Ok(listener) => listener,
-        Err(_) => TcpListener::bind((listen.ip(), 0)).await.context("cannot listen")?,
-    };
-    let address = listener.local_addr()?;
-    let settings = Settings::load(None, settings(&sandbox, &certificate))?;
-    let admin = match settings.admin_listen {
-        Some(listen) => TcpListener::bind(listen).await.ok(),
-        None => None,
-    };
-    let admin = match admin {
-        Some(admin) => admin,
-        None => TcpListener::bind((listen.ip(), 0)).await.context("cannot listen")?,
-    };
-    let status = admin.local_addr()?;
-    let egress = settings.egress.clone();
+    let files = Files::write(&sandbox)?;
+    let listener = bind(listen).await?;
+    let admin = bind(SocketAddr::new(listen.ip(), ADMIN_PORT)).await?;
+    let (address, status) = (listener.local_addr()?, admin.local_addr()?);
+    // The public URL, and so the audience of the tokens: doctor follows it.
+    let url = format!("https://localhost:{}", address.port());
+    let settings = Settings::load(None, settings(&sandbox, &files, &url, [address, status]))?;
+    let examined = settings.clone();
 
     let stop = shutdown.child_token();
     let _stop_on_return = stop.clone().drop_guard();
     let mut relay = Box::pin(app::run(settings, listener, Some((admin, LogLevel::default())), stop.clone()));
     let story = async {
         say(&format!(
-            "The relay serves on http://{address}, between a fake SecureX/XDR and a fake CyberScan.\n\
+            "The relay serves on {url}, between a fake SecureX/XDR and a fake CyberScan.\n\
              Its status page is http://{status}/\n"
         ))?;
-        // The place of `doctor`: what it finds about these settings is shown here, before anything is registered.
-        let token = connect(&sandbox, &certificate, &egress).await?;
-        show_endpoints(address, &token)?;
+        examine(&examined, &sandbox).await?;
+        let token = connect(&sandbox, &files, &url, &examined.egress).await?;
+        show_endpoints(&url, &files, &token)?;
         investigate(&sandbox, address, &token).await?;
         if once {
             stop.cancel();
@@ -182,43 +177,73 @@ fn popular() -> Value {
     }
 }
 
-/// What an operator would set to use this CyberScan and this key issuer.
-fn settings(sandbox: &Sandbox, certificate: &CertificateFile) -> Vec<(String, String)> {
+/// A listener there, or at another port if that one is taken.
+async fn bind(wanted: SocketAddr) -> anyhow::Result<TcpListener> {
+    match TcpListener::bind(wanted).await {
+        Ok(listener) => Ok(listener),
+        Err(_) => TcpListener::bind((wanted.ip(), 0)).await.context("cannot listen"),
+    }
+}
+
+/// What an operator would set to use this CyberScan and this key issuer, with a certificate of the fakes' authority.
+fn settings(
+    sandbox: &Sandbox,
+    files: &Files,
+    url: &str,
+    [listen, admin]: [SocketAddr; 2],
+) -> Vec<(String, String)> {
     [
-        ("RELAY_AUTH_AUDIENCES", URL.to_owned()),
+        ("RELAY_LISTEN", listen.to_string()),
+        ("RELAY_ADMIN_LISTEN", admin.to_string()),
+        ("RELAY_SERVER_TLS_CERTIFICATE", files.path("relay.crt")),
+        ("RELAY_SERVER_TLS_KEY", files.path("relay.key")),
+        ("RELAY_AUTH_AUDIENCES", url.to_owned()),
         ("RELAY_AUTH_JWKS_HOSTS", sandbox.issuer.host()),
         ("RELAY_CYBERSCAN_HOSTS", sandbox.cyberscan.host()),
         ("RELAY_EGRESS_ALLOW_CIDRS", PRIVATE.to_owned()),
-        ("RELAY_EGRESS_EXTRA_CA_FILE", certificate.0.display().to_string()),
+        ("RELAY_EGRESS_EXTRA_CA_FILE", files.path("ca.pem")),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
+}
+
+/// What doctor says about this relay.
+async fn examine(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<()> {
+    say("\n1. Is everything as it should be? cyberscan-relay doctor tries it:\n\n")?;
+    let options = doctor::Options {
+        host: Some(sandbox.cyberscan.host()),
+        api_key: Some(ApiKey::new(sandbox::API_KEY.to_owned())),
+        ..doctor::Options::default()
+    };
+    let report = doctor::examine(settings, &options).await;
+    say(&report.text(io::stdout().is_terminal()))
 }
 
 /// Registers the relay at the platform and fills in its form, as an administrator does; the answer is the token that the
 /// platform sends from then on.
 async fn connect(
     sandbox: &Sandbox,
-    certificate: &CertificateFile,
+    files: &Files,
+    url: &str,
     egress: &egress::Config,
 ) -> anyhow::Result<String> {
     let platform = sandbox.platform.host();
     say(&format!(
-        "\n1. Its module type is registered at the platform, for the API client {} with the password {}. By hand:\n\n\
+        "\n2. Its module type is registered at the platform, for the API client {} with the password {}. By hand:\n\n\
          RELAY_EGRESS_EXTRA_CA_FILE={} RELAY_EGRESS_ALLOW_CIDRS={PRIVATE} \\\n\
-         cyberscan-relay module-type --register --platform-host {platform} --url {URL}\n\n",
+         cyberscan-relay module-type --register --platform-host {platform} --url {url}\n\n",
         sandbox::CLIENT_ID,
         sandbox::CLIENT_PASSWORD,
-        certificate.0.display()
+        files.path("ca.pem")
     ))?;
     let (http, host) = (Http::new(egress)?, platform.parse()?);
     let client = Client::new(sandbox::CLIENT_ID, &sandbox::CLIENT_PASSWORD.into())?;
-    let module_type = ModuleType { url: URL.parse()?, audience: None, jwks_host: platform };
+    let module_type = ModuleType { url: url.parse()?, audience: None, jwks_host: platform };
     let at_platform = Platform { http: &http, host: &host, client: &client };
     let registered = at_platform.register(&Action::Create, &module_type).await?;
     say(&module_type::outcome(&host, &Action::Create, &registered))?;
     say(&format!(
-        "\n2. An administrator fills in its form:\n\nAPI Key         {}\nCyberScan Host  {}\n\n",
+        "\n3. An administrator fills in its form:\n\nAPI Key         {}\nCyberScan Host  {}\n\n",
         sandbox::API_KEY,
         sandbox.cyberscan.host()
     ))?;
@@ -232,16 +257,17 @@ async fn connect(
     sandbox.platform.token(&instance).map_err(anyhow::Error::msg)
 }
 
-fn show_endpoints(address: SocketAddr, token: &str) -> anyhow::Result<()> {
+fn show_endpoints(url: &str, files: &Files, token: &str) -> anyhow::Result<()> {
+    let curl = format!("curl --cacert {}", files.path("ca.pem"));
     say(&format!(
         "The platform signs this token with it, and sends it along with each question:\n\nTOKEN={token}\n\n\
          Try each endpoint:\n\n\
-         curl -X POST http://{address}/health -H \"Authorization: Bearer $TOKEN\"\n\
-         curl -X POST http://{address}/observe/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"ip\",\"value\":\"203.0.113.10\"}}]'\n\
-         curl -X POST http://{address}/refer/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"domain\",\"value\":\"shop.example\"}}]'\n\
-         curl -X POST http://{address}/version\n\
-         curl http://{address}/watchdog -H 'Health-Check: ping'\n\
-         curl http://{address}/\n"
+         {curl} -X POST {url}/health -H \"Authorization: Bearer $TOKEN\"\n\
+         {curl} -X POST {url}/observe/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"ip\",\"value\":\"203.0.113.10\"}}]'\n\
+         {curl} -X POST {url}/refer/observables -H \"Authorization: Bearer $TOKEN\" -d '[{{\"type\":\"domain\",\"value\":\"shop.example\"}}]'\n\
+         {curl} -X POST {url}/version\n\
+         {curl} {url}/watchdog -H 'Health-Check: ping'\n\
+         {curl} {url}/\n"
     ))
 }
 
@@ -254,11 +280,11 @@ async fn investigate(sandbox: &Sandbox, address: SocketAddr, token: &str) -> any
         {"type": "ip", "value": FAILING},
     ]);
     say(
-        "\n3. An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n",
+        "\n4. An investigation: an address, a domain, a file hash (not answered), an address whose look-up fails.\n\n",
     )?;
     let first = ask(sandbox, address, token, &observables).await?;
     say(&table(&first.answer))?;
-    say("\n4. The same again, from memory:\n\n")?;
+    say("\n5. The same again, from memory:\n\n")?;
     let again = ask(sandbox, address, token, &observables).await?;
     say(&format!("       {:>9}  {:>9}  {:>18}\n", "SIGHTINGS", "TIME", "CALLS TO CYBERSCAN"))?;
     for (name, asked) in [("first", &first), ("again", &again)] {
@@ -290,7 +316,7 @@ async fn ask(
         .header(header::AUTHORIZATION, format!("Bearer {token}"))
         .body(Full::from(Bytes::from(observables.to_string())))?;
     let (before, start) = (sandbox.cyberscan.calls().len(), Instant::now());
-    let answer = probe::call(address, request).await?;
+    let answer = probe::call_tls(address, request).await?;
     let (took, calls) = (start.elapsed(), sandbox.cyberscan.calls().len() - before);
     let answer = serde_json::from_slice(answer.body()).context("the relay's answer is no JSON")?;
     Ok(Asked { answer, took, calls })
@@ -335,19 +361,31 @@ fn say(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// The sandbox's root certificate in a file, as long as the demo runs.
-struct CertificateFile(PathBuf);
+/// The sandbox's root certificate, and the relay's own with its key, in files for as long as the demo runs.
+struct Files(PathBuf);
 
-impl CertificateFile {
-    fn write(pem: &str) -> io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("cyberscan-relay-demo-{}.pem", uuid::Uuid::now_v7()));
-        std::fs::write(&path, pem)?;
-        Ok(Self(path))
+impl Files {
+    fn write(sandbox: &Sandbox) -> io::Result<Self> {
+        let directory = std::env::temp_dir().join(format!("cyberscan-relay-demo-{}", uuid::Uuid::now_v7()));
+        std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
+        let files = Self(directory);
+        let (certificate, key) = sandbox.certificate()?;
+        for (name, content) in [("ca.pem", &sandbox.ca_pem), ("relay.crt", &certificate), ("relay.key", &key)]
+        {
+            let mut file =
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(files.0.join(name))?;
+            file.write_all(content.as_bytes())?;
+        }
+        Ok(files)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
     }
 }
 
-impl Drop for CertificateFile {
+impl Drop for Files {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }

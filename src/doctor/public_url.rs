@@ -70,16 +70,7 @@ pub(super) fn audiences(settings: &Settings, url: Option<&Url>) -> (Vec<(Host, S
     for audience in audiences.iter().chain(given.iter()) {
         match callable(audience) {
             Ok((host, prefix)) => {
-                if audience.ends_with('/') {
-                    findings.push(Finding::warn(
-                        Check::AudienceForm,
-                        audience,
-                        "ends with a slash; audiences are compared letter for letter",
-                        "write it as the module type does",
-                    ));
-                } else {
-                    findings.push(Finding::ok(Check::AudienceForm, audience, "an https URL"));
-                }
+                findings.push(Finding::ok(Check::AudienceForm, audience, "an https URL"));
                 if !urls.contains(&(host.clone(), prefix.clone())) {
                     urls.push((host, prefix));
                 }

@@ -168,20 +168,20 @@ async fn a_start_with_a_faulty_certificate_names_the_setting_and_the_file() {
         for (settings, words) in [
             (
                 &[("RELAY_SERVER_TLS_CERTIFICATE", good.as_str()), ("RELAY_SERVER_TLS_KEY", missing.as_str())][..],
-                format!("server.tls.key: {missing}: cannot be read: No such file"),
+                format!("server.tls.key (environment variable RELAY_SERVER_TLS_KEY): {missing}: cannot be read: No such file"),
             ),
             (
                 &[("RELAY_SERVER_TLS_CERTIFICATE", &key), ("RELAY_SERVER_TLS_KEY", &key)],
-                format!("server.tls.certificate: {key}: expected a PEM file with a certificate"),
+                format!("server.tls.certificate (environment variable RELAY_SERVER_TLS_CERTIFICATE): {key}: expected a PEM file with a certificate"),
             ),
             (
                 &[("RELAY_SERVER_TLS_CERTIFICATE", &good)],
-                "server.tls.key (default): expected the path of a PEM file, because server.tls.certificate is set"
+                "server.tls.key (default): expected the key's file, because server.tls.certificate is set"
                     .to_owned(),
             ),
             (
                 &[("RELAY_SERVER_TLS_KEY", &key)],
-                "server.tls.certificate (default): expected the path of a PEM file, because server.tls.key is set"
+                "server.tls.certificate (default): expected the certificate's file, because server.tls.key is set"
                     .to_owned(),
             ),
         ] {
