@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-otel fuzz coverage models mutants bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi ci
+.PHONY: demo test test-otel fuzz coverage models mutants bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi walk ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -104,6 +104,11 @@ openapi:
 	$(CARGO) build --locked --quiet
 	scripts/openapi/check.sh
 
+## The README's rehearsal, command by command: what is printed is what is shown.
+walk:
+	$(CARGO) build --locked --quiet
+	scripts/walk/check.sh
+
 ## Everything that has to hold before a change lands.
-ci: lint test test-otel models soak fuzz doc boards deploy-check page openapi
+ci: lint test test-otel models soak fuzz doc boards deploy-check page openapi walk
 	$(CARGO) run --locked --quiet -- demo --once

@@ -106,16 +106,19 @@ pub async fn sandbox(
     let sandbox = Sandbox::start(options).await?;
     sandbox.cyberscan.latency(LATENCY);
     sandbox.cyberscan.script(Rule::on(Call::Vulnerabilities).value(FAILING).answer(503));
+    std::fs::create_dir_all(directory)
+        .with_context(|| format!("cannot make the directory {}", directory.display()))?;
     let (certificate, key) = sandbox.certificate()?;
-    for (file, content) in [
-        ("ca.pem", sandbox.ca_pem.as_str()),
-        ("token", &sandbox.token(audience)),
-        ("client-id", sandbox::CLIENT_ID),
-        ("client-password", sandbox::CLIENT_PASSWORD),
-        ("relay.crt", &certificate),
-        ("relay.key", &key),
+    for (file, content, mode) in [
+        ("ca.pem", sandbox.ca_pem.as_str(), 0o644),
+        ("token", &sandbox.token(audience), 0o644),
+        ("client-id", sandbox::CLIENT_ID, 0o644),
+        ("client-password", sandbox::CLIENT_PASSWORD, 0o644),
+        ("relay.crt", &certificate, 0o644),
+        // Last: whoever waits for it finds the others as well.
+        ("relay.key", &key, 0o600),
     ] {
-        std::fs::write(directory.join(file), content).with_context(|| format!("cannot write {file}"))?;
+        write(&directory.join(file), content, mode).with_context(|| format!("cannot write {file}"))?;
     }
     let (cyberscan, platform) = (sandbox.cyberscan.host(), sandbox.platform.host());
     say(&format!(
@@ -361,6 +364,18 @@ fn say(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
+/// A file with `content`, whole or not there, and of `mode` from its first byte on.
+fn write(path: &Path, content: &str, mode: u32) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+    file.write_all(content.as_bytes())?;
+    std::fs::rename(beside, path)
+}
+
 /// The sandbox's root certificate, and the relay's own with its key, in files for as long as the demo runs.
 struct Files(PathBuf);
 
@@ -372,9 +387,7 @@ impl Files {
         let (certificate, key) = sandbox.certificate()?;
         for (name, content) in [("ca.pem", &sandbox.ca_pem), ("relay.crt", &certificate), ("relay.key", &key)]
         {
-            let mut file =
-                OpenOptions::new().write(true).create_new(true).mode(0o600).open(files.0.join(name))?;
-            file.write_all(content.as_bytes())?;
+            write(&files.0.join(name), content, 0o600)?;
         }
         Ok(files)
     }

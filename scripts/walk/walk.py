@@ -19,7 +19,7 @@ SECONDS = 120
 def steps(text):
     """Files to write and commands with what they print, in the order of the section."""
     section = text.split(f"{SECTION}\n", 1)[1]
-    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.M)[0]
+    section = re.split(r"^##+ ", section, maxsplit=1, flags=re.M)[0]
     for language, body in re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.M | re.S):
         if language == "toml":
             name = re.match(r"# (\S+)\n", body).group(1)
