@@ -499,3 +499,14 @@ fn a_change_of_any_key_is_noticed_also_of_a_secret() {
     assert_eq!(one.changed(&one).count(), 0);
     assert!(is_secret("admin.token"));
 }
+
+#[test]
+fn what_needs_a_restart_is_documented() {
+    let document = include_str!("../../docs/deploying.md");
+    let (_, section) = document.split_once("which of them need a restart.").unwrap();
+    let (section, _) = section.split_once("\n- ").unwrap();
+    let named: Vec<&str> = section.split('`').skip(1).step_by(2).collect();
+    for key in KEYS {
+        assert_eq!(named.contains(&key.name), key.reload != Reload::Live, "{}", key.name);
+    }
+}
