@@ -8,7 +8,7 @@ use cyberscan_relay::{
     app, probe,
     reload::Reloads,
     sandbox::{Options, Sandbox},
-    settings::Source,
+    settings::{Faults, Source},
     telemetry::LogLevel,
 };
 use http::{HeaderMap, Method, Request, StatusCode, header};
@@ -141,6 +141,11 @@ impl TestRelay {
 
     /// As [`TestRelay::with`], in the world of other relays.
     pub(crate) async fn beside(sandbox: &Arc<Sandbox>, settings: &[(&str, &str)]) -> Self {
+        Self::attempt(sandbox, settings).await.unwrap()
+    }
+
+    /// As [`TestRelay::beside`]; or what `check` says against it.
+    pub(crate) async fn attempt(sandbox: &Arc<Sandbox>, settings: &[(&str, &str)]) -> Result<Self, Faults> {
         let ca = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(ca.path(), &sandbox.ca_pem).unwrap();
         let own = sandbox_settings(sandbox, ca.path().to_str().unwrap());
@@ -158,7 +163,7 @@ impl TestRelay {
         if settings.iter().any(|(name, _)| name.ends_with("_FILE")) {
             reloads = reloads.looking_every(Duration::from_millis(100));
         }
-        let prepared = app::prepare(source.load().unwrap()).unwrap();
+        let prepared = app::prepare(source.load()?)?;
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -174,7 +179,7 @@ impl TestRelay {
         );
         let served = tokio::spawn(async move { running.await.unwrap() });
         let sandbox = Arc::clone(sandbox);
-        Self { address, admin, asked, sandbox, shutdown, served, certificate: None, _ca: ca }
+        Ok(Self { address, admin, asked, sandbox, shutdown, served, certificate: None, _ca: ca })
     }
 
     /// A connection, as the relay wants it.

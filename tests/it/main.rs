@@ -34,6 +34,7 @@ mod prefetch;
 mod proxies;
 mod redis_trouble;
 mod reload;
+mod whatever_is_accepted;
 mod replicas;
 mod routes;
 mod same_everywhere;
