@@ -154,9 +154,13 @@ def kubernetes(path, name):
 
 def names():
     """What the deployments call things, the code has to know."""
-    source = text("src/settings.rs")
-    plain = {"RELAY_" + key.upper().replace(".", "_") for key in re.findall(r'\bkey\("([a-z_.]+)"\)', source)}
-    secret = {"RELAY_" + key.upper().replace(".", "_") for key in re.findall(r'\bsecret\("([a-z_.]+)"\)', source)}
+    source = text("src/settings/keys.rs")
+    # Each entry from its name to the end of its line or of the calls after it.
+    entries = re.findall(r'^    \w+\(\s*"([a-z_.]+)",(.*?)(?=^    \w+\(|^\];)', source, re.M | re.S)
+    variable = {key: "RELAY_" + key.upper().replace(".", "_") for key, _ in entries}
+    rule(len(entries) > 50, f"settings/keys.rs: {len(entries)} keys were found")
+    plain = set(variable.values())
+    secret = {variable[key] for key, rest in entries if ".secret()" in rest}
     known = plain | secret | {name + "_FILE" for name in secret} | {"RELAY_CONFIG"}
     # Of the build, not of the relay.
     known |= {"RELAY_TAG", "RELAY_REVISION", "RELAY_VERSION", "RELAY_SOURCE", "RELAY_FEATURES"}
