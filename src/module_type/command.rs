@@ -26,8 +26,8 @@ pub struct Options {
     /// The region of your SecureX/XDR; its platform signs the tokens.
     #[arg(long, value_enum, ignore_case = true, required_unless_present = "platform_host")]
     region: Option<Region>,
-    /// The relay's public URL, as the platform calls it: https://relay.example.com.
-    #[arg(long)]
+    /// The relay's public URL.
+    #[arg(long, help = "The relay's public URL, as the platform calls it: https://relay.example.com")]
     url: RelayUrl,
     /// What tokens are made for, where that is not the URL.
     #[arg(long, value_name = "TEXT")]

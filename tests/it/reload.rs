@@ -13,7 +13,7 @@ use tokio::{process::Command, time::Instant};
 
 use crate::{
     fleet::{Load, PATIENT, RelayProcess, fresh_ip},
-    harness::{TestRelay, codes, list, sandbox_settings, seen},
+    harness::{Certificate, TestRelay, codes, list, sandbox_settings, seen},
     redis::{RedisServer, eventually},
 };
 
@@ -199,6 +199,31 @@ async fn a_faulty_configuration_is_refused_whole() {
     world.relay.asked.notify_one();
     eventually("refused", async || world.reloaded().await.0 == 0.0).await;
     assert_eq!(world.sightings(&ip).await, 1);
+}
+
+#[tokio::test]
+async fn another_certificate_is_used_after_a_reload_and_one_that_does_not_fit_refuses_all_of_it() {
+    let (first, second) = (Certificate::new(), Certificate::new());
+    let files = first.settings();
+    let files = files.each_ref().map(|(variable, path)| (variable.as_str(), path.as_str()));
+    let world = Reloading::start(&files).await;
+    let address = world.relay.address;
+    assert!(first.connect(address).await.is_ok() && second.connect(address).await.is_err());
+
+    let [(_, certificate), (_, key)] = second.settings();
+    let other = [("server.tls.certificate", certificate.as_str()), ("server.tls.key", key.as_str())];
+    assert!(world.reload(&other).await);
+    assert!(second.connect(address).await.is_ok() && first.connect(address).await.is_err());
+
+    // A key that is not the certificate's: nothing else of that configuration is used, either.
+    assert!(!world.reload(&[other[0], ("admin.token", "another-token-of-the-operator")]).await);
+    assert_eq!(world.purge_by("another-token-of-the-operator").await, StatusCode::UNAUTHORIZED);
+    assert!(second.connect(address).await.is_ok());
+    // The same names with other content are found by a reload at once.
+    assert!(world.reload(&other).await);
+    let renewed = second.renewed();
+    assert!(world.reload(&other).await);
+    assert!(renewed.connect(address).await.is_ok());
 }
 
 #[tokio::test]
