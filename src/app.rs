@@ -115,7 +115,7 @@ pub async fn serve(
     let Prepared { settings, clock, tasks, metrics, egress, traces: (traces, exporting), redis, tls } =
         prepared;
     for Fault { key, source, message } in settings.warnings() {
-        warn!(key, source, "the configuration looks odd: {message}");
+        warn!(key, source, "the configuration looks odd: {key} {message}");
     }
     let started = settings.clone();
     let background = CancellationToken::new();

@@ -150,7 +150,7 @@ impl Changes {
 
     fn tell(&self, new: &Settings) {
         for Fault { key, source, message } in new.warnings() {
-            warn!(key, source, "the configuration looks odd: {message}");
+            warn!(key, source, "the configuration looks odd: {key} {message}");
         }
         if !self.restart.is_empty() {
             let keys = self.restart.join(", ");
