@@ -1,6 +1,6 @@
 //! The whole relay, put together. It alone knows all parts; it decides nothing they could decide.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, runtime::Handle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -11,7 +11,7 @@ use crate::{
     auth::Authenticator,
     cache::{Cached, redis::RedisTier},
     clock::Clock,
-    cyberscan::{Breaker, Client},
+    cyberscan::{Breaker, Client, latency::Latencies},
     egress::{self, Http},
     enrich::Enricher,
     http::{
@@ -133,9 +133,28 @@ pub async fn serve(
     let with_redis = redis.is_some();
     let for_worker = redis.clone();
     let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
-    let limiter = Limiter::new(settings.limiter, redis.clone(), metrics.clone(), tasks.clone());
-    let client =
-        Client::new(settings.cyberscan, egress, limiter.clone(), clock, metrics.clone(), tasks.clone());
+    let latencies = Latencies::default();
+    let limiter =
+        Limiter::new(settings.limiter, redis.clone(), latencies.clone(), metrics.clone(), tasks.clone());
+    tasks.spawn(limiter.clone().tidy(background.clone()));
+    if let Some(tier) = shared.clone() {
+        let hearing = limiter.clone();
+        tier.hear_pauses(move |tenant, pause| hearing.hear_pause(tenant, pause));
+        let telling = tasks.clone();
+        limiter.announce_pauses(move |tenant, pause| {
+            let (tier, tenant) = (tier.clone(), Arc::clone(tenant));
+            telling.spawn(async move { tier.announce_pause(&tenant, pause).await });
+        });
+    }
+    let client = Client::new(
+        settings.cyberscan,
+        egress,
+        limiter.clone(),
+        latencies,
+        clock,
+        metrics.clone(),
+        tasks.clone(),
+    );
     let breaker = Breaker::new(client.clone());
     let cached = Cached::new(
         breaker.clone(),

@@ -278,6 +278,13 @@ labels! {
         /// Not now.
         Refused => "refused",
     }
+    /// What would have become of a call that the quotas do not stop in a dry run.
+    DryRun {
+        /// It would have waited.
+        Delayed => "delayed",
+        /// It would have been refused.
+        Refused => "refused",
+    }
     /// The length of a quota's window.
     QuotaWindow {
         /// A second.
@@ -588,6 +595,8 @@ families! {
     upstream_retries: Counters<()> = counters("relay_upstream_retries_total", []);
     /// What the limiter said to calls, by whose quota decided, urgency and outcome.
     limiter_decisions: Counters<(QuotaScope, Urgency, Decision)> = counters("relay_limiter_decisions_total", ["scope", "priority", "outcome"]);
+    /// Calls that went through in a dry run although a quota had none left, by whose quota, urgency and what would have become of them.
+    limiter_dry_run: Counters<(QuotaScope, Urgency, DryRun)> = counters("relay_limiter_dry_run_total", ["scope", "priority", "outcome"]);
     /// Time calls somebody waits for spent waiting for their turn.
     limiter_wait: Histograms<()> = histograms("relay_limiter_wait_seconds", [], LATENCIES);
     /// Share of a quota that is used: of the fleet's, and the largest among tenants.

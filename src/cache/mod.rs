@@ -471,47 +471,58 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         {
             return Ok(filled.clone());
         }
-        let Some(mut outcome) = self.start_fill::<K>(key, call, subject, version) else {
-            // A fill has just ended: what came of it is for this question as well.
-            let failed = || self.recent_failure(key).map_or(Error::Lost, |failure| failure.error);
-            let kept = self.newer_in_memory::<K>(key, version).ok_or_else(failed)?;
-            return Ok(Filled { kept, adopted: false });
-        };
-        match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
-            Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
-            Ok(Err(_)) => Err(Error::Lost),
-            Err(_) => Err(Error::TimedOut { after }),
+        loop {
+            let Some((mut outcome, own)) = self.start_fill::<K>(key, call, subject, version) else {
+                // A fill has just ended: what came of it is for this question as well.
+                let failed = || self.recent_failure(key).map_or(Error::Lost, |failure| failure.error);
+                let kept = self.newer_in_memory::<K>(key, version).ok_or_else(failed)?;
+                return Ok(Filled { kept, adopted: false });
+            };
+            let outcome = match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
+                Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
+                Ok(Err(_)) => Err(Error::Lost),
+                Err(_) => return Err(Error::TooLate { after }),
+            };
+            match outcome {
+                // Whoever began it had no time left for a call; who joined may have.
+                Err(Error::Limited { .. } | Error::TooLate { .. }) if !own => {}
+                outcome => return outcome,
+            }
         }
     }
 
     /// Joins or starts a fill, unless one has ended since the question was found to need it. Where there is a
-    /// Redis, it tells whether there is a newer value.
+    /// Redis, it tells whether there is a newer value. Answers what will come of it, and whether it was started.
     fn start_fill<K: Kind>(
         &self,
         key: &Key,
         call: &Call,
         subject: &K::Subject,
         version: u64,
-    ) -> Option<watch::Receiver<Option<Result<Filled, Error>>>> {
+    ) -> Option<(Outcomes, bool)> {
+        let mut started = false;
         let ahead = call.priority == Priority::Prefetch;
         let flights = if ahead { &self.0.prefetches } else { &self.0.flights };
         let ended = || {
             let filled = self.0.shared.is_none() && self.newer_in_memory::<K>(key, version).is_some();
             filled || self.recent_failure(key).is_some()
         };
-        flights.start_if(
+        let outcome = flights.start_if(
             key.name,
             || ahead || !ended(),
             || {
+                started = true;
                 let (this, key, subject) = (self.clone(), key.clone(), subject.clone());
                 let (tenant, priority) = (Arc::clone(&call.tenant), call.priority);
+                // It is pursued for the cache's sake, but no call is made for it that whoever asked cannot wait for.
+                let wanted_by = call.wanted_by;
                 async move {
                     // Who follows a replica that dies has to wait for its lease, and may ask only then.
                     let longest = match this.0.shared {
                         Some(_) => this.lease() + this.0.config.get().fill_timeout,
                         None => this.0.config.get().fill_timeout,
                     };
-                    let call = Call::new(tenant, Instant::now() + longest, priority);
+                    let call = Call::new(tenant, Instant::now() + longest, priority).wanted_by(wanted_by);
                     let outcome = timeout(longest, this.fill::<K>(&key, &call, &subject, version)).await;
                     let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                     match &outcome {
@@ -522,7 +533,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                     outcome
                 }
             },
-        )
+        );
+        Some((outcome?, started))
     }
 
     /// Gets a value newer than `version`: another replica's, or the next stage's.
@@ -590,7 +602,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let (born, version) = (Instant::now(), self.version_now());
         let shared = self.0.shared.clone();
         let longest = self.0.config.get().fill_timeout;
-        let call = Call { deadline: born + longest, ..call.clone() };
+        let call = Call { deadline: born + longest, ..call.clone() }.wanted_by(call.wanted_by);
         // Also one that takes too long gives its lock back.
         let outcome = timeout(longest, K::ask(&self.0.next, &call, subject)).await;
         match outcome.unwrap_or(Err(Error::TimedOut { after: longest })) {
@@ -689,8 +701,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     fn remember_failure(&self, key: &Key, error: &Error) {
-        // A refused key is the tenant's affair, a host's rest the breaker's, a lost task nobody's.
-        if matches!(error, Error::Unauthorized | Error::Resting { .. } | Error::Lost) {
+        // A refused key is the tenant's affair, a host's rest the breaker's; that nothing was sent is nobody's.
+        if !error.is_telling() || matches!(error, Error::Unauthorized | Error::Resting { .. }) {
             return;
         }
         let failure = Failure::after(self.0.failures.get(&key.name), error.clone());
@@ -813,6 +825,9 @@ fn binding(key: &Key) -> [u8; 16] {
     key.name
 }
 
+/// What will come of a fill.
+type Outcomes = watch::Receiver<Option<Result<Filled, Error>>>;
+
 impl Failure {
     /// The failure that follows `last`: each pause is twice the last one, give or take a fifth.
     fn after(last: Option<Self>, error: Error) -> Self {
@@ -930,7 +945,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let version = self.version_now().saturating_sub(micros(half));
         let filled = match self.0.flights.running(&key.name) {
             Some(running) => landed(running).await?,
-            None => landed(self.start_fill::<K>(&key, call, subject, version).ok_or(Error::Lost)?).await?,
+            None => landed(self.start_fill::<K>(&key, call, subject, version).ok_or(Error::Lost)?.0).await?,
         };
         Ok(renewed(&filled.kept, !filled.adopted))
     }
@@ -971,9 +986,10 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         let after = deadline.saturating_duration_since(Instant::now());
         let joining = self.0.authentications.join(tenant, || {
             let (this, tenant, priority) = (self.clone(), Arc::clone(&call.tenant), call.priority);
+            let wanted_by = call.wanted_by;
             async move {
                 let longest = this.0.config.get().fill_timeout;
-                let call = Call::new(tenant, Instant::now() + longest, priority);
+                let call = Call::new(tenant, Instant::now() + longest, priority).wanted_by(wanted_by);
                 let outcome = timeout(longest, this.0.next.authenticate(&call)).await;
                 let outcome = outcome.unwrap_or(Err(Error::TimedOut { after: longest }));
                 this.note_authentication(call.tenant.id(), &outcome).await;
@@ -993,7 +1009,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
                 self.0.refused.invalidate(&tenant);
             }
             Err(error) => {
-                if !matches!(error, Error::Resting { .. }) {
+                if error.is_telling() && !matches!(error, Error::Resting { .. }) {
                     let failure = Failure::after(self.0.refused.get(&tenant), error.clone());
                     self.0.refused.insert(tenant, failure);
                 }

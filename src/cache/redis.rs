@@ -11,7 +11,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, OnceLock, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -46,6 +46,8 @@ const EVENTS: usize = 10_000;
 const BLOCK: Duration = Duration::from_millis(300);
 /// The longest pause between two attempts to follow the stream.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause that is believed.
+const LONGEST_PAUSE_HEARD: Duration = Duration::from_secs(24 * 3600);
 /// How long the clocks may run before they are compared again.
 const COMPARE: Duration = Duration::from_secs(10);
 /// Writes that wait for Redis to come back, at most.
@@ -91,7 +93,12 @@ struct Inner {
     claim: Script,
     store: Script,
     release: Script,
+    /// Who is told of the pauses other replicas were asked for.
+    paused: OnceLock<HearPause>,
 }
+
+/// A tenant's name in logs, and how long its calls are to pause.
+type HearPause = Box<dyn Fn(&Arc<str>, Duration) + Send + Sync>;
 
 struct Pending {
     key: Key,
@@ -118,6 +125,7 @@ impl RedisTier {
             claim: Script::new(CLAIM),
             store: Script::new(STORE),
             release: Script::new(RELEASE),
+            paused: OnceLock::new(),
         }))
     }
 
@@ -169,6 +177,23 @@ impl RedisTier {
         if let Scope::Answer(name) = scope {
             lock(&self.0.pending).retain(|of, write| *of != name || write.version > version);
         }
+    }
+
+    /// Has `hear` told of every pause another replica announces.
+    pub fn hear_pauses(&self, hear: impl Fn(&Arc<str>, Duration) + Send + Sync + 'static) {
+        let _ = self.0.paused.set(Box::new(hear));
+    }
+
+    /// Tells all replicas that the tenant of that name has been asked to pause. Who is cut off meanwhile will be asked
+    /// themselves.
+    pub async fn announce_pause(&self, tenant: &str, pause: Duration) {
+        let until = self.0.clock.now().saturating_add(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX / 2));
+        let told = self.event("pause", tenant, until);
+        let telling = self
+            .0
+            .redis
+            .run(Operation::Events, |mut link| async move { told.query_async::<String>(&mut link).await });
+        let _ = telling.await;
     }
 
     fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
@@ -279,6 +304,12 @@ impl RedisTier {
                 hear(Event::Purged { scope, version });
             }
             Heard::Revoked { tenant, version } => hear(Event::Revoked { tenant, version }),
+            Heard::Paused { tenant, until } => {
+                let left = Duration::from_micros(until.saturating_sub(self.0.clock.now()));
+                if let Some(hear) = self.0.paused.get() {
+                    hear(&hex(tenant).into(), left.min(LONGEST_PAUSE_HEARD));
+                }
+            }
         }
     }
 
@@ -451,6 +482,7 @@ enum Heard {
     Failed { name: [u8; 16], error: Error },
     Purged { scope: Scope, version: u64 },
     Revoked { tenant: [u8; 16], version: u64 },
+    Paused { tenant: [u8; 16], until: u64 },
 }
 
 /// The origin and the content of an event.
@@ -463,6 +495,7 @@ fn parse(fields: &HashMap<String, String>) -> Option<(&str, Heard)> {
         "fail" => Heard::Failed { name: unhex(name)?, error: failure_of(text("e")?, number)? },
         "purge" => Heard::Purged { scope: scope_of(name)?, version: number },
         "revoke" => Heard::Revoked { tenant: unhex(name)?, version: number },
+        "pause" => Heard::Paused { tenant: unhex(name)?, until: number },
         _ => return None,
     };
     Some((text("o")?, heard))
@@ -480,6 +513,8 @@ fn failure_code(error: &Error) -> Option<(&'static str, u64)> {
         | Error::Untrusted { .. }
         | Error::Unauthorized
         | Error::Resting { .. }
+        | Error::Limited { .. }
+        | Error::TooLate { .. }
         | Error::Lost => None,
     }
 }

@@ -54,21 +54,24 @@ impl<P: CyberScan + Clone> Breaker<P> {
         let circuit = self.hosts.get_with_by_ref(call.tenant.host(), Arc::default);
         let attempt = circuit.begin().map_err(|retry_after| Error::Resting { retry_after })?;
         let outcome = asking.await;
-        attempt.end(outcome.as_ref().is_err_and(says_trouble));
+        match says(&outcome) {
+            Some(trouble) => attempt.end(trouble),
+            None => drop(attempt),
+        }
         outcome
     }
 }
 
-/// Whether the host is in trouble; a refused key or a 429 is an answer.
-fn says_trouble(error: &Error) -> bool {
+/// Whether the host is in trouble; a refused key or a 429 is an answer. What was not sent, or given no time, says
+/// nothing about it: neither that it is nor that it is not.
+fn says<T>(outcome: &Result<T, Error>) -> Option<bool> {
+    let Err(error) = outcome else { return Some(false) };
     match error {
-        Error::Unreachable { .. } | Error::Unavailable { .. } | Error::TimedOut { .. } => true,
-        Error::Untrusted { .. }
-        | Error::Unauthorized
-        | Error::Throttled { .. }
-        | Error::Unexpected { .. }
-        | Error::Resting { .. }
-        | Error::Lost => false,
+        Error::Unreachable { .. } | Error::Unavailable { .. } | Error::TimedOut { .. } => Some(true),
+        Error::Untrusted { .. } | Error::Unauthorized | Error::Throttled { .. } | Error::Unexpected { .. } => {
+            Some(false)
+        }
+        Error::Limited { .. } | Error::TooLate { .. } | Error::Resting { .. } | Error::Lost => None,
     }
 }
 
@@ -99,9 +102,62 @@ mod tests {
         let circuit = Circuit::default();
         for error in [Error::Unauthorized, Error::Throttled { retry_after: IDLE }] {
             for _ in 0..100 {
-                circuit.begin().unwrap().end(says_trouble(&error));
+                circuit.begin().unwrap().end(says::<()>(&Err(error.clone())).unwrap());
             }
         }
         assert_eq!(circuit.state(), BreakerState::Closed);
+    }
+
+    /// Answers as it is told, one after the other.
+    #[derive(Clone)]
+    struct Says(Arc<std::sync::Mutex<Vec<Error>>>);
+
+    impl CyberScan for Says {
+        async fn authenticate(&self, _: &Call) -> Result<Instant, Error> {
+            self.0.lock().unwrap().pop().map_or(Ok(Instant::now()), Err)
+        }
+        async fn domain(&self, _: &Call, _: &DomainName) -> Result<Answer<DomainRecord>, Error> {
+            Err(Error::Lost)
+        }
+        async fn host(&self, _: &Call, _: IpAddr) -> Result<Answer<HostRecord>, Error> {
+            Err(Error::Lost)
+        }
+        async fn vulnerabilities(&self, _: &Call, _: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
+            Err(Error::Lost)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_sent_or_given_no_time_neither_opens_nor_closes_it() {
+        let says = Says(Arc::default());
+        let breaker = Breaker::new(says.clone());
+        let tenant = Arc::new(crate::tenant::Tenant::new(
+            "api.example.com".parse().unwrap(),
+            crate::tenant::ApiKey::new("key".into()),
+        ));
+        let call = Call::new(tenant, Instant::now() + IDLE, crate::cyberscan::Priority::Interactive);
+        let second = Duration::from_secs(1);
+        let silent = || Error::TimedOut { after: second };
+        let not_sent = [Error::Limited { retry_after: second }, Error::TooLate { after: second }, Error::Lost];
+        // Ten in a row open it, whatever is refused in between.
+        for number in 0..10 {
+            for error in &not_sent {
+                says.0.lock().unwrap().push(error.clone());
+                assert_eq!(breaker.authenticate(&call).await.err().as_ref(), Some(error));
+            }
+            says.0.lock().unwrap().push(silent());
+            assert_eq!(breaker.authenticate(&call).await.err(), Some(silent()), "{number}");
+        }
+        let resting = || async { matches!(breaker.authenticate(&call).await, Err(Error::Resting { .. })) };
+        assert!(resting().await);
+        // A probe that was not sent is given back: it neither closes the circuit nor costs another pause.
+        tokio::time::advance(10 * second).await;
+        for error in &not_sent {
+            says.0.lock().unwrap().push(error.clone());
+            assert_eq!(breaker.authenticate(&call).await.err().as_ref(), Some(error));
+        }
+        says.0.lock().unwrap().push(silent());
+        assert_eq!(breaker.authenticate(&call).await.err(), Some(silent()));
+        assert!(resting().await);
     }
 }

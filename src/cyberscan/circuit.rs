@@ -42,7 +42,7 @@ struct State {
     probing: bool,
 }
 
-/// A call under way; one that is dropped half-way says nothing about the host.
+/// A call under way; one that is dropped says nothing about the host, and if it was the probe there may be another.
 pub(super) struct Attempt<'a> {
     circuit: &'a Circuit,
     probe: bool,

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     Admission, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Pace, Priority, Record,
     Vulnerabilities,
+    latency::Latencies,
     model::{Malformed, object},
     token::{AccessToken, AccessTokens},
 };
@@ -82,6 +83,7 @@ impl<A> Clone for Client<A> {
 struct Shared<A> {
     http: Http,
     admission: A,
+    latencies: Latencies,
     /// Repetitions that may be made; every request adds a tenth of one.
     budget: Mutex<f64>,
     tokens: AccessTokens,
@@ -104,12 +106,14 @@ struct Request {
 }
 
 impl<A: Admission> Client<A> {
-    /// A client that calls through `http` when `admission` lets it; its token calls are tracked by `tasks`.
+    /// A client that calls through `http` when `admission` lets it, and notes in `latencies` how long that takes; its token
+    /// calls are tracked by `tasks`.
     #[must_use]
     pub fn new(
         config: Config,
         http: Http,
         admission: A,
+        latencies: Latencies,
         clock: Clock,
         metrics: Metrics,
         tasks: TaskTracker,
@@ -118,6 +122,7 @@ impl<A: Admission> Client<A> {
         Self(Arc::new(Shared {
             http,
             admission,
+            latencies,
             budget: Mutex::new(1.0),
             tokens: AccessTokens::new(clock, tasks),
             clock,
@@ -220,7 +225,8 @@ impl<A: Admission> Client<A> {
             expected: "an access token",
         };
         // Others may wait for the token longer than the one who asked first.
-        let call = Call { deadline: Instant::now() + self.0.config.get().timeout, ..call };
+        let deadline = Instant::now() + self.0.config.get().timeout;
+        let call = Call { deadline, wanted_by: deadline, ..call };
         match self.send(&call, &request, None, object::<Token>).await? {
             Record::Known(token) => Ok(token.access_token.clone()),
             Record::Unknown => Err(unexpected),
@@ -280,7 +286,8 @@ impl<A: Admission> Client<A> {
                 failure => facts.failed(failure.as_str()),
             }
         });
-        let (reply, outcome) = exchange.await;
+        let (reply, mut outcome) = exchange.await;
+        self.note_latency(tenant.host(), &mut outcome, sent.elapsed(), deadline - sent);
         self.0.metrics.upstream.inc((request.kind, came_to(&outcome)));
         self.0.metrics.upstream_duration.observe((request.kind,), sent.elapsed().as_secs_f64());
         if let Ok(reply) = &reply {
@@ -293,6 +300,30 @@ impl<A: Admission> Client<A> {
             self.0.admission.answered(call, pace).await;
         }
         outcome
+    }
+
+    /// Notes how long an answer took. One that did not come says something about the host if it was given as long as
+    /// answers usually take.
+    fn note_latency<T>(
+        &self,
+        host: &egress::Host,
+        outcome: &mut Result<Record<T>, Error>,
+        took: Duration,
+        allowed: Duration,
+    ) {
+        let latency = self.0.latencies.of(host);
+        match outcome {
+            Ok(_) => latency.answered(took),
+            Err(Error::TimedOut { after }) => {
+                let cut_short = allowed < self.0.config.get().timeout
+                    && latency.usual().is_some_and(|usual| allowed < usual);
+                latency.unanswered(allowed);
+                if cut_short {
+                    *outcome = Err(Error::TooLate { after: *after });
+                }
+            }
+            Err(_) => {}
+        }
     }
 
     /// Why there is no complete answer to `request`.
@@ -344,9 +375,9 @@ fn came_to<T>(outcome: &Result<Record<T>, Error>) -> UpstreamOutcome {
         Err(Error::Unreachable { .. }) => UpstreamOutcome::Unreachable,
         Err(Error::Untrusted { .. }) => UpstreamOutcome::Untrusted,
         Err(Error::Unauthorized) => UpstreamOutcome::Unauthorized,
-        Err(Error::Throttled { .. }) => UpstreamOutcome::Throttled,
+        Err(Error::Throttled { .. } | Error::Limited { .. }) => UpstreamOutcome::Throttled,
         Err(Error::Unavailable { .. } | Error::Resting { .. }) => UpstreamOutcome::Unavailable,
-        Err(Error::TimedOut { .. }) => UpstreamOutcome::Timeout,
+        Err(Error::TimedOut { .. } | Error::TooLate { .. }) => UpstreamOutcome::Timeout,
         Err(Error::Unexpected { .. } | Error::Lost) => UpstreamOutcome::Unexpected,
     }
 }
@@ -388,7 +419,7 @@ pub(super) fn path(resource: &str, segment: &str) -> String {
 /// `future`, for as long as the caller waits.
 async fn within<T>(call: &Call, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let after = call.deadline.saturating_duration_since(Instant::now());
-    tokio::time::timeout_at(call.deadline, future).await.unwrap_or(Err(Error::TimedOut { after }))
+    tokio::time::timeout_at(call.deadline, future).await.unwrap_or(Err(Error::TooLate { after }))
 }
 
 /// `Retry-After`, as seconds or as a date (RFC 9110 §10.2.3).

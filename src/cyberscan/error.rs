@@ -22,10 +22,16 @@ pub enum Error {
     /// CyberScan refuses the API key.
     #[error("CyberScan refuses the API key")]
     Unauthorized,
-    /// CyberScan, or our own limit in front of it, says "not now".
+    /// CyberScan says "not now" (429).
     #[error("too many requests, retry after {retry_after:?}")]
     Throttled {
         /// When another call makes sense.
+        retry_after: Duration,
+    },
+    /// Our own limit in front of CyberScan says so: nothing was sent.
+    #[error("no call within the quotas, retry after {retry_after:?}")]
+    Limited {
+        /// When there may be a call.
         retry_after: Duration,
     },
     /// CyberScan is in trouble of its own (5xx).
@@ -46,6 +52,12 @@ pub enum Error {
         /// How long was waited.
         after: Duration,
     },
+    /// There was less time than CyberScan usually takes: that says nothing about it.
+    #[error("there was no time for an answer of CyberScan's after {after:?}")]
+    TooLate {
+        /// How long was waited.
+        after: Duration,
+    },
     /// CyberScan answered what is not its format.
     #[error("CyberScan did not answer with {expected}")]
     Unexpected {
@@ -58,6 +70,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it is about the question, the tenant or the host. A refusal of ours and a lack of time of whoever asked
+    /// are about none of them: the next who asks may have more luck.
+    #[must_use]
+    pub fn is_telling(&self) -> bool {
+        !matches!(self, Self::Limited { .. } | Self::TooLate { .. } | Self::Lost)
+    }
+
     /// What it is called in a trace.
     pub(crate) fn as_str(&self) -> &'static str {
         match self {
@@ -65,6 +84,8 @@ impl Error {
             Self::Untrusted { .. } => "untrusted",
             Self::Unauthorized => "unauthorized",
             Self::Throttled { .. } => "throttled",
+            Self::Limited { .. } => "limited",
+            Self::TooLate { .. } => "too_late",
             Self::Unavailable { .. } => "unavailable",
             Self::Resting { .. } => "resting",
             Self::TimedOut { .. } => "timeout",

@@ -6,6 +6,7 @@ mod circuit;
 pub mod client;
 mod cve;
 pub mod error;
+pub mod latency;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod model;
@@ -147,8 +148,10 @@ impl RecordType {
 pub struct Call {
     /// The tenant who asks.
     pub tenant: Arc<Tenant>,
-    /// When an answer comes too late.
+    /// When it ends without an answer.
     pub deadline: Instant,
+    /// When an answer comes too late for who asked; what is pursued beyond that is no reason to make another call.
+    pub wanted_by: Instant,
     /// How urgent it is.
     pub priority: Priority,
     /// Where its answers came from.
@@ -159,7 +162,13 @@ impl Call {
     /// A call that nothing has been answered to yet.
     #[must_use]
     pub fn new(tenant: Arc<Tenant>, deadline: Instant, priority: Priority) -> Self {
-        Self { tenant, deadline, priority, tally: Arc::default() }
+        Self { tenant, deadline, wanted_by: deadline, priority, tally: Arc::default() }
+    }
+
+    /// The same for someone who wants an answer by then, if that is before its end.
+    #[must_use]
+    pub fn wanted_by(self, wanted_by: Instant) -> Self {
+        Self { wanted_by: wanted_by.min(self.deadline), ..self }
     }
 }
 
@@ -200,7 +209,7 @@ pub trait Admission: Send + Sync + 'static {
 
     /// Waits until a request may be sent.
     ///
-    /// An error is [`Error::Throttled`] when that would be too late.
+    /// An error is [`Error::Limited`] when that would be too late.
     fn admit(&self, call: &Call) -> impl Future<Output = Result<Self::Permit, Error>> + Send;
 
     /// Hears what CyberScan says to the pace.

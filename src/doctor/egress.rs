@@ -22,7 +22,9 @@ use crate::{
     auth::{IssuerAddress, explain},
     clock::Clock,
     ctim::ErrorItem,
-    cyberscan::{self, Client, CyberScan, Error, Priority, Unlimited, client::USER_AGENT},
+    cyberscan::{
+        self, Client, CyberScan, Error, Priority, Unlimited, client::USER_AGENT, latency::Latencies,
+    },
     egress::{AddressGuard, Config, Host, Http, Reply, Transport, client::Call},
     metrics::Metrics,
     settings::Settings,
@@ -451,7 +453,7 @@ pub(super) async fn accepts(egress: &Egress<'_>, settings: &Settings, host: &Hos
             "refuses the API key",
             "enter a valid API key, and the host it is for",
         ),
-        Err(error @ Error::Throttled { .. }) => {
+        Err(error @ (Error::Throttled { .. } | Error::Limited { .. })) => {
             Finding::warn(check, &about, ErrorItem::from(error).message, "try again later")
         }
         Err(error) => Finding::bad(
@@ -472,7 +474,8 @@ pub(super) async fn authenticate(
     let (clock, tasks) = (egress.clock, TaskTracker::new());
     let config = cyberscan::Config { timeout: egress.patience, ..settings.cyberscan.clone() };
     // One call more or less is no quota's affair.
-    let client = Client::new(config, egress.http.clone(), Unlimited, clock, Metrics::new(), tasks);
+    let http = egress.http.clone();
+    let client = Client::new(config, http, Unlimited, Latencies::default(), clock, Metrics::new(), tasks);
     let call = cyberscan::Call::new(tenant.into(), Instant::now() + egress.patience, Priority::Interactive);
     client.authenticate(&call).await.map(drop)
 }

@@ -75,10 +75,11 @@ fn row_for(error: &cyberscan::Error) -> Row {
         Error::Unauthorized => KEY,
         Error::Unreachable { .. } => HOST,
         Error::Untrusted { .. } => CERTIFICATE,
-        Error::Throttled { .. } => THROTTLED,
+        Error::Throttled { .. } | Error::Limited { .. } => THROTTLED,
         Error::Unavailable { .. }
         | Error::Resting { .. }
         | Error::TimedOut { .. }
+        | Error::TooLate { .. }
         | Error::Unexpected { .. } => TROUBLE,
         Error::Lost => BUG,
     }

@@ -29,6 +29,14 @@ pub struct Problems(Vec<Problem>);
 impl Problems {
     /// Adds `problem`: to the entry of the same cause, if there is one.
     pub fn add(&mut self, problem: Problem) {
+        // For who reads it these are the same.
+        let problem = match problem {
+            Problem::Failed(Error::Limited { retry_after }) => {
+                Problem::Failed(Error::Throttled { retry_after })
+            }
+            Problem::Failed(Error::TooLate { after }) => Problem::Failed(Error::TimedOut { after }),
+            other => other,
+        };
         for present in &mut self.0 {
             match (present, &problem) {
                 (Problem::Stale { age }, Problem::Stale { age: other }) => {
@@ -91,7 +99,7 @@ mod tests {
             throttled(3),
             Problem::LeftOut { count: 2 },
             unreachable("a"),
-            throttled(7),
+            Problem::Failed(Error::Limited { retry_after: Duration::from_secs(7) }),
             unreachable("b"),
             Problem::LeftOut { count: 5 },
             Problem::Stale { age: Duration::from_secs(9) },

@@ -168,7 +168,7 @@ impl From<Error> for ErrorItem {
                 fatal(ErrorCode::Untrusted, format!("Unable to verify SSL certificate: {reason}"))
             }
             Error::Unauthorized => unauthorized("wrong api_key"),
-            Error::Throttled { retry_after } => fatal(
+            Error::Throttled { retry_after } | Error::Limited { retry_after } => fatal(
                 ErrorCode::TooManyRequests,
                 format!("Too many requests to CyberScan. Try again in {}.", seconds(retry_after)),
             ),
@@ -183,7 +183,7 @@ impl From<Error> for ErrorItem {
                     seconds(retry_after)
                 ),
             ),
-            Error::TimedOut { after } => {
+            Error::TimedOut { after } | Error::TooLate { after } => {
                 fatal(ErrorCode::Timeout, format!("CyberScan did not answer within {}.", seconds(after)))
             }
             Error::Unexpected { expected } => {

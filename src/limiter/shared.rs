@@ -1,119 +1,141 @@
-//! The quotas of the whole fleet, in Redis. It owns the keys and the script; it must not know who waits
-//! for a call, nor what happens while Redis is away.
+//! The windows of the whole fleet, in Redis. It owns the keys and the scripts; it must not know who waits for a
+//! call, nor what happens while Redis is away.
 //!
-//! Windows have no time to live: a Redis that is full makes room with what has one, and a window it forgot would be
-//! taken for new. There is one for each quota of each tenant that ever called, of some hundred bytes.
+//! An account's windows are one hash, in a slot of its own. It has no time to live while it is in use, so a Redis
+//! that is full does not make room with it; when a replica has not called for as long as the longest window,
+//! and nobody else has, it gets one of that length ([`Shared::rest`]).
 
 use std::{fmt::Write, time::Duration};
 
 use deadpool_redis::redis::{Script, cmd};
 
-use super::quota::{Window, micros};
+use super::{
+    ledger::{Memory, Told},
+    local::{Local, Pace},
+};
 use crate::{
+    chance::chance,
     metrics::Operation,
     redis_pool::{Redis, Unavailable},
-    tenant::{TenantId, hex},
 };
 
-/// Takes calls from windows that all replicas share.
+/// Takes calls from windows that all replicas share; a cheap clone.
 #[derive(Clone)]
-pub(super) struct SharedQuota {
+pub(super) struct Shared {
     redis: Redis,
-    script: Script,
+    take: Script,
+    rest: Script,
+    /// Who this replica is.
+    replica: String,
 }
 
-/// What a request for calls came to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Grant {
-    /// Calls that may be made now.
-    pub(super) calls: u32,
-    /// How long until the next one, if there are none left.
-    pub(super) wait: Duration,
-    /// CyberScan has asked for a pause.
-    pub(super) paused: bool,
-    /// The fleet's quota has nothing left, and that is all the tenant waits for.
-    pub(super) fleet_exhausted: bool,
-    /// Calls used in each window, in the order asked.
-    pub(super) used: Vec<u32>,
-    /// When each window came into being, on Redis's clock; none if this replica decided alone.
-    pub(super) born: Vec<u64>,
-}
-
-/// A window, and the calls in it that Redis does not know of.
-#[derive(Clone, Debug)]
-pub(super) struct Account {
-    pub(super) window: Window,
-    /// Those made while Redis was away.
-    pub(super) meanwhile: u32,
-    /// Those it has forgotten with the window that was there before: how many parts ago, and how many.
-    pub(super) forgotten: Vec<(u64, u32)>,
-}
-
-/// Windows of a tenant, then of the fleet.
+/// What Redis is asked for.
 pub(super) struct Demand<'a> {
-    pub(super) tenant: TenantId,
-    pub(super) of_tenant: &'a [Account],
-    pub(super) of_fleet: &'a [Account],
+    /// The account's name in Redis.
+    pub(super) account: &'a str,
     /// Calls wanted.
     pub(super) calls: u32,
-    /// The share of each window's ceiling that is to be left over.
-    pub(super) leave: f64,
+    /// The share of each window that is to be left over.
+    pub(super) reserve: f64,
+    /// The share of a window that may be a burst.
+    pub(super) burst: f64,
+    /// What it is told.
+    pub(super) told: &'a Told,
+    /// How far this replica is ahead in each window, if Redis may not know.
+    pub(super) ahead: &'a [Duration],
 }
 
-impl SharedQuota {
+/// What Redis says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reply {
+    /// Its memory is not what this replica had heard of; nothing was granted.
+    pub(super) forgot: bool,
+    /// Calls that may be made now.
+    pub(super) calls: u32,
+    /// In how long there is one, if there are none left.
+    pub(super) wait: Duration,
+    /// For how long CyberScan wants to be left alone.
+    pub(super) pause: Duration,
+    /// The state of its memory.
+    pub(super) memory: Memory,
+    /// Of each window the calls used, and in how long the next one is due.
+    pub(super) windows: Vec<(u32, Duration)>,
+}
+
+impl Shared {
     pub(super) fn new(redis: Redis) -> Self {
-        Self { redis, script: Script::new(include_str!("windows.lua")) }
+        Self {
+            redis,
+            take: Script::new(include_str!("shared.lua")),
+            rest: Script::new(include_str!("rest.lua")),
+            replica: format!("{:x}", (chance() * (1_u64 << 52) as f64) as u64),
+        }
     }
 
-    /// Takes as many of the calls wanted as all windows allow, in one round trip.
-    pub(super) async fn take(&self, demand: &Demand<'_>) -> Result<Grant, Unavailable> {
-        self.take_at(demand).await.map(|(grant, _)| grant)
-    }
-
-    /// As [`SharedQuota::take`], with the time on Redis's clock, microseconds.
-    pub(super) async fn take_at(&self, demand: &Demand<'_>) -> Result<(Grant, u64), Unavailable> {
-        let tenant = name(demand.tenant);
-        let mut invocation = self.script.key(pause_key(&tenant));
-        for account in demand.of_tenant {
-            invocation.key(format!("relay:1:{{lim}}:{tenant}:{}", account.window.per.as_secs()));
-        }
-        for account in demand.of_fleet {
-            invocation.key(format!("relay:1:{{lim}}:fleet:{}", account.window.per.as_secs()));
-        }
-        invocation.arg(demand.calls).arg(demand.leave);
-        for Account { window, meanwhile, forgotten } in demand.of_tenant.iter().chain(demand.of_fleet) {
-            invocation.arg(window.limit.get()).arg(micros(window.per)).arg(*meanwhile);
-            invocation.arg(forgotten.iter().fold(String::new(), |mut text, (ago, calls)| {
-                let _ = write!(text, "{ago}:{calls} ");
-                text
-            }));
+    /// Takes as many of the calls wanted as all windows allow, in one round trip; none, to see what is used.
+    pub(super) async fn take(&self, demand: &Demand<'_>) -> Result<Reply, Unavailable> {
+        let mut invocation = self.take.key(hash_key(demand.account));
+        invocation.key(pause_key(demand.account));
+        let memory = demand.told.memory.unwrap_or_default();
+        invocation.arg(demand.calls).arg(demand.reserve).arg(&self.replica);
+        invocation.arg(memory.born).arg(memory.at).arg(u8::from(demand.told.away));
+        for (report, ahead) in demand.told.windows.iter().zip(demand.ahead) {
+            let window = report.window;
+            invocation.arg(window.per.as_secs()).arg(window.limit.get());
+            match Pace::of(window, demand.burst) {
+                Some(pace) => {
+                    let micros = |nanos: u64| format!("{}.{:03}", nanos / 1_000, nanos % 1_000);
+                    invocation.arg(micros(pace.interval)).arg(pace.burst).arg(micros(pace.late));
+                    invocation.arg(ahead.as_micros().to_string());
+                }
+                None => {
+                    invocation.arg(0).arg(report.unreported).arg(report.recent);
+                    invocation.arg(report.lost.iter().fold(String::new(), |mut text, (ago, calls)| {
+                        let _ = write!(text, "{ago}:{calls} ");
+                        text
+                    }));
+                }
+            }
         }
         let invocation = &invocation;
         let answer: Vec<u64> = self
             .redis
             .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await?;
-        let (&[calls, wait, paused, now], windows) = answer.split_first_chunk().ok_or(Unavailable)?;
-        if windows.len() != 3 * (demand.of_tenant.len() + demand.of_fleet.len()) {
+        let (&[forgot, calls, wait, pause, born, lost, at], windows) =
+            answer.split_first_chunk().ok_or(Unavailable)?;
+        let (windows, rest) = windows.as_chunks::<2>();
+        if windows.len() != demand.told.windows.len() || !rest.is_empty() {
             return Err(Unavailable);
         }
-        let used_up = |window: &[u64]| window.first() >= window.get(1);
-        let (of_tenant, of_fleet) = windows.split_at(3 * demand.of_tenant.len());
-        let any_used_up = |windows: &[u64]| windows.chunks(3).any(used_up);
-        let grant = Grant {
-            fleet_exhausted: paused == 0 && any_used_up(of_fleet) && !any_used_up(of_tenant),
+        let window = |[used, due]: &[u64; 2]| {
+            (u32::try_from(*used).unwrap_or(u32::MAX), Duration::from_micros(*due))
+        };
+        Ok(Reply {
+            forgot: forgot == 1,
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
-            paused: paused == 1,
-            used: windows.iter().step_by(3).map(|used| u32::try_from(*used).unwrap_or(u32::MAX)).collect(),
-            born: windows.iter().skip(2).step_by(3).copied().collect(),
-        };
-        Ok((grant, now))
+            pause: Duration::from_millis(pause),
+            memory: Memory { born, lost, at },
+            windows: windows.iter().map(window).collect(),
+        })
     }
 
-    /// Has all replicas leave the tenant's CyberScan alone for `pause`.
-    pub(super) async fn pause(&self, tenant: TenantId, pause: Duration) {
-        let key = pause_key(&name(tenant));
+    /// Lets an account go that nobody has used for as long as its `longest` window, after as long again. Whether it
+    /// will: otherwise it is in use, or Redis does not answer.
+    pub(super) async fn rest(&self, account: &str, longest: Duration) -> bool {
+        let mut invocation = self.rest.key(hash_key(account));
+        invocation.arg(longest.as_secs());
+        let invocation = &invocation;
+        let resting = self
+            .redis
+            .run(Operation::Quota, |mut link| async move { invocation.invoke_async::<u8>(&mut link).await });
+        resting.await == Ok(1)
+    }
+
+    /// Has all replicas that count the account's calls in Redis leave its CyberScan alone for `pause`.
+    pub(super) async fn pause(&self, account: &str, pause: Duration) {
+        let key = pause_key(account);
         let millis = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX).max(1);
         // A pause that is already longer stays.
         let pausing = self.redis.run(Operation::Quota, |mut link| async move {
@@ -131,10 +153,324 @@ impl SharedQuota {
     }
 }
 
-fn pause_key(tenant: &str) -> String {
-    format!("relay:1:{{lim}}:{tenant}:pause")
+/// How far this replica's buckets are ahead in each window of `told`, where Redis may not know of all its calls.
+pub(super) fn ahead(told: &Told, local: &Local, now: u64) -> Vec<Duration> {
+    told.windows.iter().map(|report| local.ahead(now, report.window.per)).collect()
 }
 
-fn name(tenant: TenantId) -> String {
-    hex(tenant.derive("limiter", &[]))
+fn hash_key(account: &str) -> String {
+    format!("relay:1:{{{account}}}:quota")
+}
+
+fn pause_key(account: &str) -> String {
+    format!("relay:1:{{{account}}}:pause")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::{
+        limiter::{
+            ledger::{Calls, Report},
+            local::nanos,
+            window::Window,
+        },
+        redis_server::RedisServer,
+    };
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn windows(text: &str) -> Vec<Window> {
+        text.split(',').map(|window| window.parse().unwrap()).collect()
+    }
+
+    /// Nothing to report.
+    fn nothing(windows: &[Window]) -> Told {
+        let report = |window: &Window| Report { window: *window, unreported: 0, recent: 0, lost: Vec::new() };
+        Told { memory: None, away: false, windows: windows.iter().map(report).collect() }
+    }
+
+    /// A replica that asks for what it is told to.
+    struct Replica(Shared);
+
+    impl Replica {
+        fn of(server: &RedisServer) -> Self {
+            Self(Shared::new(Redis::to(&server.url())))
+        }
+
+        async fn ask(&self, account: &str, calls: u32, reserve: f64, told: &Told, ahead: Duration) -> Reply {
+            let ahead = vec![ahead; told.windows.len()];
+            self.0.take(&Demand { account, calls, reserve, burst: 0.5, told, ahead: &ahead }).await.unwrap()
+        }
+
+        async fn take(&self, account: &str, calls: u32, windows: &[Window]) -> Reply {
+            self.ask(account, calls, 0.0, &nothing(windows), Duration::ZERO).await
+        }
+    }
+
+    /// Moves the account's time on, as if so long had passed; or back, as if Redis's clock had stepped.
+    async fn shift(server: &RedisServer, account: &str, micros: i64) {
+        const SHIFT: &str = "local c = {struct.unpack('<ddddd', redis.call('HGET', KEYS[1], 'c'))} \
+                             redis.call('HSET', KEYS[1], 'c', struct.pack('<ddddd', c[1], c[2] + ARGV[1], c[3], c[4], c[5]))";
+        let (key, micros) = (hash_key(account), micros.to_string());
+        server.ask::<()>(&["EVAL", SHIFT, "1", &key, &micros]).await;
+    }
+
+    async fn pass(server: &RedisServer, account: &str, time: Duration) {
+        shift(server, account, i64::try_from(time.as_micros()).unwrap()).await;
+    }
+
+    /// The script counts as governor's buckets and this replica's own windows do, call by call.
+    #[tokio::test]
+    async fn the_script_decides_as_the_buckets_and_the_ledger_do() {
+        let server = RedisServer::start().await;
+        let replica = Replica::of(&server);
+        let mut seed = 7_u64;
+        let mut number = move |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % below
+        };
+        for (case, text) in ["20/s", "7/s,40/m", "200/s,90/h", "1/s", "60/d", "900/m,100000/30d"].iter().enumerate() {
+            let (account, windows) = (format!("case-{case}"), windows(text));
+            let buckets = Local::new(&windows, 0.5, &Local::default());
+            let mut sums: Vec<_> = windows
+                .iter()
+                .filter(|window| Pace::of(**window, 0.5).is_none())
+                .map(|window| (window.limit.get(), Calls::new(window.per)))
+                .collect();
+            for step in 0..200 {
+                let calls = 1 + u32::try_from(number(12)).unwrap();
+                let reserve = if number(4) == 0 { 0.5 } else { 0.0 };
+                let reply = replica.ask(&account, calls, reserve, &nothing(&windows), Duration::ZERO).await;
+                let now = if reply.calls > 0 || step == 0 {
+                    reply.memory.at * 1_000
+                } else {
+                    // Nothing was written, so the time is not told: the wait says what is left.
+                    assert!(!reply.wait.is_zero(), "{text}, step {step}: {reply:?}");
+                    pass(&server, &account, reply.wait.min(Duration::from_secs(number(5)))).await;
+                    continue;
+                };
+                let free = sums.iter_mut().map(|(limit, calls)| {
+                    (*limit - (f64::from(*limit) * reserve) as u32).saturating_sub(calls.made(now))
+                });
+                let free = free.min().unwrap_or(u32::MAX).min(calls);
+                let prefetch = (reserve > 0.0).then_some(reserve);
+                let expected = buckets.take(now, free, prefetch).calls;
+                assert_eq!(reply.calls, expected, "{text}, step {step}: {reply:?}");
+                sums.iter_mut().for_each(|(_, calls)| calls.add(now, expected));
+                let gap = Duration::from_millis(number(60) * number(60) / 20);
+                pass(&server, &account, gap).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wait_is_as_long_as_it_says() {
+        let server = RedisServer::start().await;
+        let replica = Replica::of(&server);
+        for (text, first, least, most) in [("20/s", 10, 500, 520), ("5/m,100/h", 2, 22_000, 25_000), ("3/h", 3, 3_590_000, 3_640_000)] {
+            let windows = windows(text);
+            let reply = replica.take(text, 16, &windows).await;
+            assert_eq!(reply.calls, first, "{text}");
+            let wait = u64::try_from(reply.wait.as_millis()).unwrap();
+            assert!((least..=most).contains(&wait), "{text}: {wait} ms");
+            pass(&server, text, reply.wait - Duration::from_millis(300)).await;
+            assert_eq!(replica.take(text, 1, &windows).await.calls, 0, "{text}");
+            pass(&server, text, Duration::from_millis(300)).await;
+            assert_eq!(replica.take(text, 1, &windows).await.calls, 1, "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn calls_of_a_long_window_leave_it_part_by_part() {
+        let server = RedisServer::start().await;
+        let (replica, day) = (Replica::of(&server), windows("100/d"));
+        for _ in 0..10 {
+            assert_eq!(replica.take("day", 10, &day).await.calls, 10);
+            pass(&server, "day", Duration::from_secs(3_600)).await;
+        }
+        assert_eq!(replica.take("day", 10, &day).await.calls, 0);
+        pass(&server, "day", Duration::from_secs(14 * 3_600 + 900)).await;
+        let reply = replica.take("day", 16, &day).await;
+        assert_eq!((reply.calls, reply.windows[0].0), (10, 100), "those of the first hour have left");
+        pass(&server, "day", Duration::from_secs(40 * 3_600)).await;
+        let reply = replica.take("day", 16, &day).await;
+        assert_eq!((reply.calls, reply.windows[0].0), (16, 16));
+        let fields: Vec<String> = server.ask(&["HKEYS", &hash_key("day")]).await;
+        assert!(fields.len() <= 3, "what has left the window is there still: {fields:?}");
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_steps_back_stops_nothing_and_one_that_stands_still_grants_nothing_twice() {
+        let server = RedisServer::start().await;
+        let replica = Replica::of(&server);
+        for text in ["20/s", "20/s,5000/d", "60/m"] {
+            let windows = windows(text);
+            assert!(replica.take(text, 16, &windows).await.calls > 0);
+            pass(&server, text, 5 * SECOND).await;
+            replica.take(text, 1, &windows).await;
+            let before = replica.take(text, 16, &windows).await;
+            shift(&server, text, -45_000_000).await;
+            let after = replica.take(text, 16, &windows).await;
+            assert!(after.memory.at >= before.memory.at && after.wait < 32 * SECOND, "{text}: {after:?}");
+            assert!(after.calls <= 1, "{text}: {after:?}");
+            sleep(Duration::from_millis(120)).await;
+            pass(&server, text, after.wait.saturating_sub(SECOND / 10)).await;
+            assert!(replica.take(text, 1, &windows).await.calls == 1, "{text}: its time does not go on");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_memory_that_is_lost_grants_nothing_until_it_has_been_told() {
+        let server = RedisServer::start().await;
+        let (one, two) = (Replica::of(&server), Replica::of(&server));
+        let quota = windows("20/s,100/d");
+        let first = one.take("t", 8, &quota).await;
+        assert_eq!(first.calls, 8);
+        let _: String = server.ask(&["FLUSHALL"]).await;
+        let knows = |reply: &Reply| Told { memory: Some(reply.memory), ..nothing(&quota) };
+        let lost = one.ask("t", 8, 0.0, &knows(&first), SECOND / 5).await;
+        assert!(lost.forgot && lost.calls == 0, "{lost:?}");
+        let mut told = knows(&lost);
+        told.windows[1].lost = vec![(0, 60), (3, 30)];
+        let told_once = one.ask("t", 8, 0.0, &told, SECOND / 5).await;
+        assert!(!told_once.forgot && told_once.calls == 0, "a second begins anew after a second: {told_once:?}");
+        assert!(told_once.wait > SECOND * 9 / 10, "{told_once:?}");
+        assert_eq!(told_once.windows[1].0, 90);
+        // Its answer was lost: it is told again, and counted once.
+        assert_eq!(one.ask("t", 8, 0.0, &told, SECOND / 5).await.windows[1].0, 90);
+        // Another one has heard of the old memory, too, and was not there for the loss.
+        let other = two.ask("t", 8, 0.0, &knows(&first), Duration::ZERO).await;
+        assert!(other.forgot && other.memory.born == lost.memory.born);
+        let mut told = knows(&other);
+        told.windows[1].lost = vec![(1, 8)];
+        assert_eq!(two.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[1].0, 98);
+        pass(&server, "t", 2 * SECOND).await;
+        assert_eq!(two.ask("t", 8, 0.0, &knows(&other), Duration::ZERO).await.calls, 2, "all that is left of the day");
+    }
+
+    #[tokio::test]
+    async fn an_older_state_that_comes_back_is_a_loss_of_what_came_since() {
+        let server = RedisServer::start().await;
+        let replica = Replica::of(&server);
+        let quota = windows("100/d");
+        replica.take("t", 10, &quota).await;
+        let saved: Vec<u8> = server.ask(&["DUMP", &hash_key("t")]).await;
+        let _: i64 = server.ask(&["COPY", &hash_key("t"), "kept"]).await;
+        let later = replica.take("t", 10, &quota).await;
+        assert!(!saved.is_empty());
+        let _: i64 = server.ask(&["DEL", &hash_key("t")]).await;
+        let _: String = server.ask(&["RENAME", "kept", &hash_key("t")]).await;
+        let knows = |memory| Told { memory: Some(memory), ..nothing(&quota) };
+        let back = replica.ask("t", 10, 0.0, &knows(later.memory), Duration::ZERO).await;
+        assert!(back.forgot && back.memory.lost > 0 && back.memory.lost < later.memory.at, "{back:?}");
+        let mut told = knows(back.memory);
+        told.windows[0].lost = vec![(0, 10)];
+        assert_eq!(replica.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[0].0, 20);
+    }
+
+    #[tokio::test]
+    async fn calls_made_while_redis_was_away_are_counted_once() {
+        let server = RedisServer::start().await;
+        let replica = Replica::of(&server);
+        let quota = windows("20/s,100/d");
+        let told = |unreported, recent| {
+            let mut told = Told { away: true, ..nothing(&quota) };
+            told.windows[1].unreported = unreported;
+            told.windows[1].recent = recent;
+            told
+        };
+        replica.take("t", 1, &quota).await;
+        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].0, 31);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].0, 31);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(35, 35), Duration::ZERO).await.windows[1].0, 36);
+        // Most of them are over: a replica that was without Redis for days.
+        assert_eq!(replica.ask("t", 0, 0.0, &told(1_000, 4), Duration::ZERO).await.windows[1].0, 40);
+        // Who has been without Redis does not begin with a burst: others may be at it as well.
+        pass(&server, "t", 10 * SECOND).await;
+        assert_eq!(replica.ask("t", 8, 0.0, &told(1_000, 0), Duration::ZERO).await.calls, 0);
+        pass(&server, "t", SECOND).await;
+        assert_eq!(replica.take("t", 8, &quota).await.calls, 1);
+    }
+
+    #[tokio::test]
+    async fn windows_live_while_they_are_in_use_and_twice_their_length_after() {
+        // A Redis that is full does away with what has a time to live.
+        let server = RedisServer::process(&["--maxmemory", "4mb", "--maxmemory-policy", "volatile-ttl"]).await;
+        let replica = Replica::of(&server);
+        let (used, idle) = (windows("10/s"), windows("10/s"));
+        replica.take("used", 1, &used).await;
+        replica.take("idle", 1, &idle).await;
+        for number in 0..200 {
+            let value = "x".repeat(60_000);
+            let key = format!("other-{number}");
+            server.ask::<String>(&["SET", &key, &value, "EX", "1000"]).await;
+        }
+        assert!(server.ask::<i64>(&["DBSIZE"]).await < 100, "nothing had to go");
+        assert_eq!(server.ask::<i64>(&["TTL", &hash_key("used")]).await, -1);
+        assert!(!replica.0.rest("used", SECOND).await, "it has just been used");
+        sleep(SECOND + SECOND / 10).await;
+        replica.take("used", 1, &used).await;
+        assert!(!replica.0.rest("used", SECOND).await);
+        assert!(replica.0.rest("idle", SECOND).await);
+        assert!((1..=1_000).contains(&server.ask::<i64>(&["PTTL", &hash_key("idle")]).await));
+        // Whoever uses it again keeps it.
+        replica.take("idle", 1, &idle).await;
+        assert_eq!(server.ask::<i64>(&["TTL", &hash_key("idle")]).await, -1);
+        sleep(SECOND + SECOND / 10).await;
+        assert!(replica.0.rest("idle", SECOND).await);
+        sleep(SECOND + SECOND / 10).await;
+        assert_eq!(server.ask::<i64>(&["EXISTS", &hash_key("idle")]).await, 0);
+        assert!(replica.0.rest("idle", SECOND).await, "it is gone");
+    }
+
+    #[tokio::test]
+    async fn to_ask_for_nothing_makes_nothing() {
+        let server = RedisServer::start().await;
+        let quota = windows("10/s,5000/d");
+        let reply = Replica::of(&server).take("t", 0, &quota).await;
+        assert_eq!((reply.calls, reply.windows[1].0), (0, 0));
+        assert_eq!(server.ask::<i64>(&["DBSIZE"]).await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_pause_stops_calls_and_says_how_long() {
+        let server = RedisServer::start().await;
+        let (replica, quota) = (Replica::of(&server), windows("10/s"));
+        replica.0.pause("t", 3 * SECOND).await;
+        replica.0.pause("t", SECOND).await;
+        let reply = replica.take("t", 5, &quota).await;
+        assert!(reply.calls == 0 && reply.pause > 2 * SECOND && reply.wait >= reply.pause, "{reply:?}");
+        assert_eq!(replica.take("other", 1, &quota).await.calls, 1);
+        assert!(nanos(reply.pause) > 0);
+    }
+
+    /// What a call costs Redis. The figure has no noise but the machine's speed; the bound is generous because the
+    /// tests run unoptimised beside each other. `make bench` has the exact one.
+    #[tokio::test]
+    async fn a_full_day_and_a_second_cost_redis_little() {
+        let server = RedisServer::process(&[]).await;
+        let (replica, quota) = (Replica::of(&server), windows("100000/s,1000000/d"));
+        // A day in which every part has calls.
+        for _ in 0..100 {
+            assert_eq!(replica.take("t", 5, &quota).await.calls, 5);
+            pass(&server, "t", Duration::from_secs(870)).await;
+        }
+        let mut costs = Vec::new();
+        for _ in 0..3 {
+            let _: String = server.ask(&["CONFIG", "RESETSTAT"]).await;
+            for _ in 0..2_000 {
+                assert_eq!(replica.take("t", 1, &quota).await.calls, 1);
+            }
+            let stats: String = server.ask(&["INFO", "commandstats"]).await;
+            let line = stats.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap();
+            let cost = line.split("usec_per_call=").nth(1).unwrap().split(',').next().unwrap();
+            costs.push(cost.parse::<f64>().unwrap());
+        }
+        costs.sort_by(f64::total_cmp);
+        eprintln!("quota script with a full day and a second: {:.1} µs of Redis CPU (median of {costs:?})", costs[1]);
+        assert!(costs[1] < 100.0, "{costs:?} µs");
+    }
 }

@@ -137,6 +137,7 @@ const fn list(name: &'static str, expected: &'static str) -> Key {
 
 const NETWORKS: &str = "networks such as 10.0.0.0/8";
 const QUOTAS: &str = "quotas such as 10/s, 600/m, 1000/h, 5000/d, 20000/w or 100000/30d";
+const TENANT_QUOTAS: &str = "quotas of single tenants, such as <name in logs>=10/s, or =none";
 const LIFETIME: &str = "0s switches it off; answers older than a year are of no use";
 const PLACE: &str = "a silent peer keeps its place as long";
 
@@ -219,7 +220,10 @@ pub const KEYS: &[Key] = &[
     duration("cache.vulnerabilities.stale_if_error", secs(0), YEAR, LIFETIME).live(),
     duration("cache.vulnerabilities.negative", secs(0), YEAR, LIFETIME).live(),
     list("limiter.tenant", QUOTAS).live(),
+    list("limiter.tenants", TENANT_QUOTAS).live(),
     list("limiter.fleet", QUOTAS).live(),
+    share("limiter.burst", 1.0, "it is a share").live(),
+    flag("limiter.dry_run").live(),
     share("limiter.fallback_share", 1.0, "it is a share").live(),
     share("limiter.reserve", 1.0, "it is a share").live(),
     number("limiter.queue", 1, 1_000_000, "each costs memory").live(),

@@ -36,7 +36,7 @@ use crate::{
     admin, auth, cache,
     cache::policy::Policy,
     cyberscan, egress, enrich, http,
-    limiter::{self, quota::Window},
+    limiter::{self, window::Window},
     redis_pool, telemetry, trace, worker,
 };
 
@@ -237,7 +237,10 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let redis_timeout = from.duration("redis.timeout");
     let keys = from.list("redis.encryption_key", values::encryption_key);
     let tenant_quota = quotas(from, "limiter.tenant");
+    let single_tenants = tenants(from, "limiter.tenants");
     let fleet_quota = quotas(from, "limiter.fleet");
+    let burst = from.share("limiter.burst");
+    let dry_run = from.flag("limiter.dry_run");
     let fallback_share = from.share("limiter.fallback_share");
     let reserve = from.share("limiter.reserve");
     let queue = from.at_least_one("limiter.queue");
@@ -347,7 +350,10 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             },
             limiter: limiter::Config {
                 tenant: tenant_quota?,
+                tenants: single_tenants?,
                 fleet: fleet_quota?,
+                burst: burst?,
+                dry_run: dry_run?,
                 fallback_share: fallback_share?,
                 reserve: reserve?,
                 queue: queue?.get(),
@@ -426,14 +432,36 @@ fn policy(from: &mut Reader, own: [&'static str; 4], refresh_ahead: Option<f64>)
 /// Quotas, no two of them of one length: they are counted by their lengths.
 fn quotas(from: &mut Reader, key: &'static str) -> Option<Vec<Window>> {
     let windows = from.list(key, |text| text.parse::<Window>().map_err(|why| Some(why.to_string())))?;
-    for (place, window) in windows.iter().enumerate() {
-        if windows.iter().skip(place + 1).any(|other| other.per == window.per) {
-            let length = values::shown(window.per);
-            return from
-                .fault(key, format!("expected one quota for each length of time, found two for {length}"));
+    match twice(&windows) {
+        Some(length) => {
+            from.fault(key, format!("expected one quota for each length of time, found two for {length}"))
         }
+        None => Some(windows),
     }
-    Some(windows)
+}
+
+/// A length of time that two windows have.
+fn twice(windows: &[Window]) -> Option<String> {
+    let again = |(place, window): (usize, &Window)| {
+        windows.iter().skip(place + 1).any(|other| other.per == window.per).then_some(window.per)
+    };
+    windows.iter().enumerate().find_map(again).map(values::shown)
+}
+
+/// Quotas of single tenants.
+fn tenants(from: &mut Reader, key: &'static str) -> Option<BTreeMap<String, Vec<Window>>> {
+    let single = from.list(key, |text| text.parse::<limiter::window::OfTenant>().map_err(|why| Some(why.to_string())))?;
+    let mut tenants: BTreeMap<String, Vec<Window>> = BTreeMap::new();
+    for limiter::window::OfTenant { tenant, window } in single {
+        tenants.entry(tenant).or_default().extend(window);
+    }
+    match tenants.iter().find_map(|(tenant, windows)| Some((tenant, twice(windows)?))) {
+        Some((tenant, length)) => {
+            let message = format!("expected one quota of {tenant} for each length of time, found two for {length}");
+            from.fault(key, message)
+        }
+        None => Some(tenants),
+    }
 }
 
 /// What works, and probably is not what was meant.

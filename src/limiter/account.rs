@@ -1,0 +1,329 @@
+//! An account: whose calls are counted in windows, a tenant's or the fleet's. It owns the order in which the gates
+//! decide: this replica's buckets and its own calls, then Redis, or while that is away a share. It must not know
+//! who waits.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    ledger::{Ledger, Told},
+    local::{Local, Pace, Taken, nanos},
+    quota::Grant,
+    shared::{Demand, Reply, Shared, ahead},
+    window::Window,
+};
+use crate::{
+    cyberscan::{Priority, QuotaUse},
+    metrics::QuotaScope,
+};
+
+/// What all accounts are limited by, beside their windows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Terms {
+    /// The share of a window that may be a burst, after rest.
+    pub(super) burst: f64,
+    /// The share of a window that each replica keeps to while Redis is away.
+    pub(super) fallback_share: f64,
+    /// The share of a window that is left to calls somebody waits for.
+    pub(super) reserve: f64,
+}
+
+/// See the module.
+pub(super) struct Account {
+    name: Arc<str>,
+    state: Mutex<State>,
+    shared: Option<Shared>,
+    started: Instant,
+}
+
+struct State {
+    windows: Vec<Window>,
+    terms: Terms,
+    local: Local,
+    /// Buckets of this replica's share, for when Redis is away.
+    share: Local,
+    ledger: Ledger,
+    /// When calls were last granted, and whether Redis knows that the account is at rest since.
+    last: Option<u64>,
+}
+
+/// Calls of which this replica's gates have nothing against; given back when dropped.
+pub(super) struct Begun<'a> {
+    account: &'a Account,
+    taken: Taken,
+    begun: u32,
+    wait: Duration,
+    priority: Priority,
+}
+
+/// How often Redis is asked again for the same calls, where it had lost its memory.
+const TRIES: u32 = 3;
+/// After how long without calls an account's windows in Redis may be let go, at least.
+const SHORTEST_REST: Duration = Duration::from_secs(1);
+
+impl Account {
+    pub(super) fn new(
+        name: Arc<str>,
+        windows: Vec<Window>,
+        terms: Terms,
+        shared: Option<Shared>,
+        started: Instant,
+    ) -> Self {
+        let state = State {
+            local: Local::new(&windows, terms.burst, &Local::default()),
+            share: share_of(&windows, terms, &Local::default()),
+            ledger: Ledger::new(&windows, Ledger::default()),
+            windows,
+            terms,
+            last: None,
+        };
+        Self { name, state: Mutex::new(state), shared, started }
+    }
+
+    pub(super) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub(super) fn windows(&self) -> Vec<Window> {
+        self.state().windows.clone()
+    }
+
+    /// Whether there are windows at all.
+    pub(super) fn counts(&self) -> bool {
+        !self.state().windows.is_empty()
+    }
+
+    /// From now on it has these windows. Those of a length it had go on, calls under way included.
+    pub(super) fn reconfigure(&self, windows: &[Window], terms: Terms) {
+        let mut state = self.state();
+        if state.windows == windows && state.terms == terms {
+            return;
+        }
+        state.local = Local::new(windows, terms.burst, &state.local);
+        state.share = share_of(windows, terms, &state.share);
+        state.ledger = Ledger::new(windows, std::mem::take(&mut state.ledger));
+        (state.windows, state.terms) = (windows.to_vec(), terms);
+    }
+
+    /// Takes as many of `calls` as this replica's buckets and its own calls allow.
+    pub(super) fn begin(&self, calls: u32, priority: Priority) -> Begun<'_> {
+        let now = self.now();
+        let mut state = self.state();
+        let reserve = match priority {
+            Priority::Interactive => None,
+            Priority::Prefetch => Some(state.terms.reserve),
+        };
+        let (free, wait) = state.ledger.free(now, reserve.unwrap_or_default());
+        let taken = state.local.take(now, calls.min(free), reserve);
+        state.ledger.begin(now, taken.calls);
+        let wait = wait.max(taken.wait);
+        Begun { account: self, begun: taken.calls, taken, wait, priority }
+    }
+
+    /// In how long at best there is a call for who has `ahead` others before them.
+    pub(super) fn at_best(&self, ahead: usize) -> Duration {
+        let now = self.now();
+        let state = self.state();
+        let whole = state.windows.iter().filter(|window| Pace::of(**window, 0.0).is_none()).map(|window| {
+            let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
+            window.per.saturating_mul(rounds)
+        });
+        let buckets = if state.ledger.is_away() { &state.share } else { &state.local };
+        whole.max().unwrap_or_default().max(buckets.at_best(now, ahead))
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.state().ledger.epoch()
+    }
+
+    /// How much of each window is used; that is asked of Redis where there is one.
+    pub(super) async fn used(&self, of_fleet: bool) -> Vec<QuotaUse> {
+        if let Some(shared) = &self.shared
+            && self.counts()
+        {
+            let told = self.state().ledger.tell(self.now()).silent();
+            let (burst, ahead) = (self.state().terms.burst, vec![Duration::ZERO; told.windows.len()]);
+            let demand = Demand { account: &self.name, calls: 0, reserve: 0.0, burst, told: &told, ahead: &ahead };
+            if let Ok(reply) = shared.take(&demand).await {
+                self.note_used(&told, &reply);
+            }
+        }
+        self.known_use(of_fleet)
+    }
+
+    /// As [`Account::used`], as far as it is known here.
+    pub(super) fn known_use(&self, of_fleet: bool) -> Vec<QuotaUse> {
+        let now = self.now();
+        let mut state = self.state();
+        let (away, share) = (state.ledger.is_away(), state.terms.fallback_share);
+        let used = state.ledger.used(now).into_iter().map(|(window, used)| {
+            let limit = if away { share_of_window(window, share).limit } else { window.limit };
+            QuotaUse { of_fleet, limit: limit.get(), per: window.per, used }
+        });
+        used.collect()
+    }
+
+    /// Lets Redis do away with the windows once nobody has used them for twice their length.
+    pub(super) async fn rest_if_idle(&self) {
+        let (Some(shared), now) = (&self.shared, self.now()) else { return };
+        let longest = {
+            let state = self.state();
+            let longest = state.windows.iter().map(|window| window.per).max().unwrap_or_default();
+            let longest = longest.max(SHORTEST_REST);
+            match state.last {
+                Some(last) if now.saturating_sub(last) > nanos(longest) => longest,
+                _ => return,
+            }
+        };
+        let resting = shared.rest(&self.name, longest).await;
+        let mut state = self.state();
+        if resting && state.last.is_some_and(|last| last < now) {
+            state.last = None;
+        }
+    }
+
+    fn note_used(&self, told: &Told, reply: &Reply) {
+        let now = self.now();
+        let mut state = self.state();
+        for (report, (used, _)) in told.windows.iter().zip(&reply.windows) {
+            state.ledger.hear_used(now, report.window.per, *used);
+        }
+    }
+
+    /// Nanoseconds on the limiter's clock. A year ahead, so that the longest window does not begin before nought.
+    fn now(&self) -> u64 {
+        nanos(self.started.elapsed() + Duration::from_secs(366 * 86_400))
+    }
+
+    /// Held for some arithmetic; nothing in between can panic, so poison is ignored.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Begun<'_> {
+    /// How many they are.
+    pub(super) fn calls(&self) -> u32 {
+        self.taken.calls
+    }
+
+    /// In how long there is one, where there are fewer than were wanted.
+    pub(super) fn wait(&self) -> Duration {
+        self.wait
+    }
+
+    /// Gives all but `calls` back.
+    pub(super) fn keep(&mut self, calls: u32) {
+        let mut state = self.account.state();
+        state.local.give_back(&mut self.taken, calls);
+        let keep = self.begun.min(calls);
+        state.ledger.give_back(self.begun - keep);
+        self.begun = keep;
+    }
+
+    /// Has the next gate decide: those that may be made.
+    pub(super) async fn settle(self) -> Grant {
+        self.settle_with_pause().await.0
+    }
+
+    /// As [`Begun::settle`], with the pause Redis knows of.
+    pub(super) async fn settle_with_pause(mut self) -> (Grant, Option<Duration>) {
+        let account = self.account;
+        let wanted = self.taken.calls;
+        if wanted == 0 {
+            return (self.made(0, self.wait), None);
+        }
+        let Some(shared) = account.shared.as_ref().filter(|_| account.counts()) else {
+            return (self.made(wanted, self.wait), None);
+        };
+        for _ in 0..TRIES {
+            let (told, ahead, terms) = {
+                let (now, mut state) = (account.now(), account.state());
+                let told = state.ledger.tell(now);
+                let ahead = ahead(&told, &state.local, now);
+                (told, ahead, state.terms)
+            };
+            let reserve = if self.priority == Priority::Prefetch { terms.reserve } else { 0.0 };
+            let demand = Demand {
+                account: &account.name,
+                calls: wanted,
+                reserve,
+                burst: terms.burst,
+                told: &told,
+                ahead: &ahead,
+            };
+            let Ok(reply) = shared.take(&demand).await else {
+                let (calls, wait) = self.alone(wanted);
+                return (self.made(calls, wait), None);
+            };
+            account.state().ledger.hear(account.now(), reply.memory);
+            if !reply.forgot {
+                account.state().ledger.acknowledged(&told);
+                account.note_used(&told, &reply);
+                let calls = reply.calls.min(wanted);
+                let grant = self.made(calls, reply.wait.max(self.wait));
+                let (now, state) = (account.now(), account.state());
+                for (report, (_, due)) in told.windows.iter().zip(&reply.windows) {
+                    state.local.keep_up(now, report.window.per, *due);
+                }
+                return (grant, (!reply.pause.is_zero()).then_some(reply.pause));
+            }
+        }
+        (self.made(0, Duration::ZERO), None)
+    }
+
+    /// Redis is away: of `wanted` those that this replica's share has. Prefetching can wait until the fleet counts
+    /// together again.
+    fn alone(&self, wanted: u32) -> (u32, Duration) {
+        let now = self.account.now();
+        let mut state = self.account.state();
+        if state.ledger.lose_redis(now) {
+            // What Redis granted just before is in the windows of a second still.
+            state.share.hold(now, Duration::from_secs(1));
+        }
+        let share = state.terms.fallback_share;
+        let (free, wait) = state.ledger.free_alone(now, share);
+        if self.priority == Priority::Prefetch {
+            return (0, wait);
+        }
+        let taken = state.share.take(now, wanted.min(free), None);
+        state.ledger.made_alone(now, taken.calls);
+        (taken.calls, wait.max(taken.wait))
+    }
+
+    /// Of the calls begun so many are made.
+    fn made(&mut self, calls: u32, wait: Duration) -> Grant {
+        let mut state = self.account.state();
+        state.local.give_back(&mut self.taken, calls);
+        state.ledger.end(self.begun, calls);
+        if calls > 0 {
+            state.last = Some(self.account.now());
+        }
+        (self.begun, self.taken.calls) = (0, 0);
+        Grant { calls, wait, scope: QuotaScope::Tenant, paused: false, epoch: state.ledger.epoch() }
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if self.begun > 0 {
+            self.made(0, Duration::ZERO);
+        }
+    }
+}
+
+/// Buckets of this replica's share, evenly spaced: several replicas may have one.
+fn share_of(windows: &[Window], terms: Terms, before: &Local) -> Local {
+    let windows: Vec<Window> =
+        windows.iter().map(|window| share_of_window(*window, terms.fallback_share)).collect();
+    Local::new(&windows, 0.0, before)
+}
+
+fn share_of_window(window: Window, share: f64) -> Window {
+    let limit = (f64::from(window.limit.get()) * share) as u32;
+    Window { limit: limit.try_into().unwrap_or(std::num::NonZeroU32::MIN), ..window }
+}

@@ -1,0 +1,342 @@
+//! What this replica knows of an account's calls: those it made, in each window; those Redis has not been told
+//! of; those Redis has forgotten. It owns the arithmetic of windows and what there is to report; it must
+//! not know how Redis is asked, nor who waits. Whoever owns a ledger has it behind one lock.
+//!
+//! There are two things to report. Calls made while Redis was away: their number only ever grows, and Redis
+//! notes how far it has been told, so a report whose answer got lost is sent again and counted once. And what
+//! was granted before Redis lost its memory, or a part of it: Redis notes who has told it that, too.
+
+use std::{collections::VecDeque, time::Duration};
+
+use super::{
+    local::{LONGEST_SPACED, nanos},
+    window::Window,
+};
+
+/// Parts a window is divided into. The part that is just leaving counts in full, so a window is up to one part
+/// longer than it says: never a call too many, at most one in a hundred too few.
+pub(super) const PARTS: u64 = 100;
+/// Redis was away for so long that others will have made calls without it, too.
+const AWAY: Duration = Duration::from_secs(1);
+
+/// The calls of the last [`Window::per`], by part. Times are nanoseconds on any clock that does not step back.
+#[derive(Clone, Debug)]
+pub(super) struct Calls {
+    part: u64,
+    /// Number of the part and calls in it, oldest first.
+    parts: VecDeque<(u64, u32)>,
+    sum: u32,
+}
+
+impl Calls {
+    pub(super) fn new(per: Duration) -> Self {
+        Self { part: (nanos(per) / PARTS).max(1), parts: VecDeque::new(), sum: 0 }
+    }
+
+    fn forget(&mut self, now: u64) {
+        let oldest = (now / self.part).saturating_sub(PARTS);
+        while let Some((number, calls)) = self.parts.front().copied()
+            && number < oldest
+        {
+            self.parts.pop_front();
+            self.sum -= calls;
+        }
+    }
+
+    /// Calls made in the window that ends now.
+    pub(super) fn made(&mut self, now: u64) -> u32 {
+        self.forget(now);
+        self.sum
+    }
+
+    pub(super) fn add(&mut self, now: u64, calls: u32) {
+        if calls == 0 {
+            return;
+        }
+        let number = now / self.part;
+        match self.parts.back_mut() {
+            Some((last, noted)) if *last >= number => *noted += calls,
+            _ => self.parts.push_back((number, calls)),
+        }
+        self.sum += calls;
+    }
+
+    /// Takes the newest `calls` out again: they were not made.
+    pub(super) fn take_back(&mut self, mut calls: u32) {
+        while calls > 0
+            && let Some((_, noted)) = self.parts.back_mut()
+        {
+            let these = calls.min(*noted);
+            *noted -= these;
+            self.sum -= these;
+            calls -= these;
+            if *noted == 0 {
+                self.parts.pop_back();
+            }
+        }
+    }
+
+    /// In how long the oldest of the calls leaves the window.
+    pub(super) fn leaves(&self, now: u64) -> Duration {
+        let leaves = self.parts.front().map_or(0, |(number, _)| (number + PARTS + 1) * self.part);
+        Duration::from_nanos(leaves.saturating_sub(now))
+    }
+
+    /// The calls made from `since` on but for the newest `less`, by part: how many parts ago, and how many.
+    fn history(&mut self, now: u64, since: u64, mut less: u32) -> Vec<(u64, u32)> {
+        self.forget(now);
+        let (number, first) = (now / self.part, since / self.part);
+        let parts = self.parts.iter().rev().map(|(part, calls)| {
+            let left = calls.saturating_sub(less);
+            less = less.saturating_sub(*calls);
+            (*part, left)
+        });
+        let parts = parts.filter(|(part, calls)| *part >= first && *calls > 0);
+        parts.map(|(part, calls)| (number.saturating_sub(part), calls)).collect()
+    }
+}
+
+/// What goes to Redis with a demand for calls.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Told {
+    /// The state of Redis's memory as last heard, if that matters still.
+    pub(super) memory: Option<Memory>,
+    /// Redis was away: calls may have been made that it does not know.
+    pub(super) away: bool,
+    /// Of each window what there is to report.
+    pub(super) windows: Vec<Report>,
+}
+
+impl Told {
+    /// The same without anything to report.
+    pub(super) fn silent(self) -> Self {
+        let silent = |report: Report| Report { unreported: 0, recent: 0, lost: Vec::new(), ..report };
+        Self { memory: None, away: false, windows: self.windows.into_iter().map(silent).collect() }
+    }
+}
+
+/// Calls of a window that Redis may not know of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Report {
+    pub(super) window: Window,
+    /// All that were ever made while Redis was away, if it may not have heard of the last of them.
+    pub(super) unreported: u64,
+    /// Those of them that are in the window still.
+    pub(super) recent: u32,
+    /// Those granted before Redis lost its memory: how many parts ago, and how many.
+    pub(super) lost: Vec<(u64, u32)>,
+}
+
+/// The state of an account's memory in Redis, in its own time: microseconds that do not step back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Memory {
+    /// When it came into being, or last lost something.
+    pub(super) born: u64,
+    /// From when on it lost what had been told before it was born; nought if everything.
+    pub(super) lost: u64,
+    /// When it last changed.
+    pub(super) at: u64,
+}
+
+/// One window of an account.
+struct Line {
+    window: Window,
+    /// Calls granted, also those an answer of Redis is awaited for.
+    granted: Calls,
+    /// Calls made while Redis was away: those in the window, and all there ever were.
+    alone: Calls,
+    ever_alone: u64,
+    lost: Vec<(u64, u32)>,
+    /// Calls of all replicas, as Redis last said, and when.
+    heard: Option<(u64, u32)>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Ledger {
+    lines: Vec<Line>,
+    /// Of the calls granted those an answer of Redis is awaited for.
+    awaited: u32,
+    /// Redis may not have heard of all calls made while it was away.
+    unreported: bool,
+    /// The state of Redis's memory, and when that was heard.
+    memory: Option<(Memory, u64)>,
+    /// Since when Redis has been away.
+    away: Option<u64>,
+}
+
+impl Ledger {
+    /// For `windows`; those that were in `before` go on.
+    pub(super) fn new(windows: &[Window], before: Self) -> Self {
+        let mut lines = before.lines;
+        let mut line = |window: &Window| match lines.iter().position(|line| line.window.per == window.per) {
+            Some(place) => Line { window: *window, ..lines.swap_remove(place) },
+            None => Line {
+                window: *window,
+                granted: Calls::new(window.per),
+                alone: Calls::new(window.per),
+                ever_alone: 0,
+                lost: Vec::new(),
+                heard: None,
+            },
+        };
+        Self { lines: windows.iter().map(&mut line).collect(), ..Self { lines: Vec::new(), ..before } }
+    }
+
+    /// How many calls the windows that are not spaced allow this replica, whoever else there is; if none, in how
+    /// long there is one. The share `reserve` of each window is left out.
+    pub(super) fn free(&mut self, now: u64, reserve: f64) -> (u32, Duration) {
+        least(self.lines.iter_mut().filter(|line| !line.spaced()).map(|line| {
+            let limit = line.window.limit.get();
+            let left = limit - (f64::from(limit) * reserve) as u32;
+            let free = left.saturating_sub(line.granted.made(now));
+            (free, if free == 0 { line.granted.leaves(now) } else { Duration::ZERO })
+        }))
+    }
+
+    /// As [`Ledger::free`] while Redis is away: that share of what it last said was left.
+    pub(super) fn free_alone(&mut self, now: u64, share: f64) -> (u32, Duration) {
+        least(self.lines.iter_mut().filter(|line| !line.spaced()).map(|line| {
+            let limit = line.window.limit.get();
+            // What was made alone is among what was granted.
+            let alone = line.alone.made(now);
+            let before = line.granted.made(now).saturating_sub(alone);
+            let left = limit.saturating_sub(before.max(line.heard(now).unwrap_or_default()));
+            // Of a small quota one call, unless it is known to be used up.
+            let left = ((f64::from(left) * share) as u32).max(left.min(1));
+            let free = left.saturating_sub(alone);
+            (free, if free == 0 { line.window.per / 100 } else { Duration::ZERO })
+        }))
+    }
+
+    /// Calls are granted if Redis agrees.
+    pub(super) fn begin(&mut self, now: u64, calls: u32) {
+        self.awaited += calls;
+        self.lines.iter_mut().for_each(|line| line.granted.add(now, calls));
+    }
+
+    /// Of calls begun so many will not be made.
+    pub(super) fn give_back(&mut self, calls: u32) {
+        self.awaited = self.awaited.saturating_sub(calls);
+        self.lines.iter_mut().for_each(|line| line.granted.take_back(calls));
+    }
+
+    /// Of calls begun, `made` are made.
+    pub(super) fn end(&mut self, begun: u32, made: u32) {
+        self.give_back(begun - made);
+        self.awaited = self.awaited.saturating_sub(made);
+    }
+
+    /// Of the calls begun so many are made without Redis.
+    pub(super) fn made_alone(&mut self, now: u64, calls: u32) {
+        self.unreported |= calls > 0;
+        for line in &mut self.lines {
+            line.alone.add(now, calls);
+            line.ever_alone += u64::from(calls);
+        }
+    }
+
+    /// What Redis is to be told now.
+    pub(super) fn tell(&mut self, now: u64) -> Told {
+        // Older than the longest window it matters no more, and Redis may have done away with it.
+        let longest = self.lines.iter().map(|line| nanos(line.window.per)).max().unwrap_or_default();
+        let memory = self.memory.filter(|(_, heard)| now.saturating_sub(*heard) < longest);
+        let unreported = self.unreported;
+        let report = |line: &mut Line| Report {
+            window: line.window,
+            unreported: if unreported { line.ever_alone } else { 0 },
+            recent: line.alone.made(now),
+            lost: line.lost.clone(),
+        };
+        let windows = self.lines.iter_mut().map(report).collect();
+        let away = self.away.is_some_and(|since| now.saturating_sub(since) >= nanos(AWAY));
+        Told { memory: memory.map(|(memory, _)| memory), away, windows }
+    }
+
+    /// Redis has answered. If it has lost something since it was heard last, that is to be reported.
+    pub(super) fn hear(&mut self, now: u64, memory: Memory) {
+        self.away = None;
+        let Some((known, heard)) = self.memory else {
+            self.memory = Some((memory, now));
+            return;
+        };
+        if memory.born > known.born {
+            // What it was told before it began to lose is there still.
+            let since = match memory.lost {
+                0 => 0,
+                lost => heard.saturating_sub(known.at.saturating_sub(lost).saturating_mul(1_000)),
+            };
+            let awaited = self.awaited;
+            for line in &mut self.lines {
+                line.lost = line.granted.history(now, since, awaited);
+            }
+        } else if memory.born < known.born || memory.at <= known.at {
+            // Nothing new, or an answer that was overtaken by another.
+            return;
+        }
+        self.memory = Some((memory, now));
+    }
+
+    /// Redis has counted what it was told.
+    pub(super) fn acknowledged(&mut self, told: &Told) {
+        let mut all = true;
+        for report in &told.windows {
+            if let Some(line) = self.lines.iter_mut().find(|line| line.window.per == report.window.per) {
+                if line.lost == report.lost {
+                    line.lost.clear();
+                }
+                all &= line.ever_alone == report.unreported;
+            }
+        }
+        self.unreported &= !all;
+    }
+
+    /// Redis has said how many calls of a window all replicas have made.
+    pub(super) fn hear_used(&mut self, now: u64, per: Duration, used: u32) {
+        if let Some(line) = self.lines.iter_mut().find(|line| line.window.per == per) {
+            line.heard = Some((now, used));
+        }
+    }
+
+    /// Redis does not answer; whether it did before.
+    pub(super) fn lose_redis(&mut self, now: u64) -> bool {
+        let before = self.away.is_none();
+        self.away.get_or_insert(now);
+        before
+    }
+
+    pub(super) fn is_away(&self) -> bool {
+        self.away.is_some()
+    }
+
+    /// Which state the windows are in: another one where Redis, or its memory, was lost or found.
+    pub(super) fn epoch(&self) -> u64 {
+        if self.is_away() { 0 } else { self.memory.map_or(1, |(memory, _)| memory.born) }
+    }
+
+    /// Of each window how many calls have been made: by all replicas if that was heard within the window, and by
+    /// this one at least.
+    pub(super) fn used(&mut self, now: u64) -> Vec<(Window, u32)> {
+        let used = |line: &mut Line| {
+            (line.window, line.heard(now).unwrap_or_default().max(line.granted.made(now)))
+        };
+        self.lines.iter_mut().map(used).collect()
+    }
+}
+
+impl Line {
+    /// Its bucket sees to it.
+    fn spaced(&self) -> bool {
+        self.window.per <= LONGEST_SPACED
+    }
+
+    fn heard(&self, now: u64) -> Option<u32> {
+        let heard = self.heard.filter(|(at, _)| now.saturating_sub(*at) < nanos(self.window.per));
+        heard.map(|(_, used)| used)
+    }
+}
+
+/// The fewest calls, and the longest wait of those that have none.
+fn least(limits: impl Iterator<Item = (u32, Duration)>) -> (u32, Duration) {
+    limits.fold((u32::MAX, Duration::ZERO), |(free, wait), (other, until)| (free.min(other), wait.max(until)))
+}
