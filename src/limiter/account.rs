@@ -140,6 +140,20 @@ impl Account {
         self.state().ledger.epoch()
     }
 
+    /// Whether Redis is away, as it looked last.
+    pub(super) fn is_without_redis(&self) -> bool {
+        self.state().ledger.is_away()
+    }
+
+    /// Redis does not answer.
+    pub(super) fn lose_redis(&self) {
+        let (now, mut state) = (self.now(), self.state());
+        if state.ledger.lose_redis(now) {
+            // What Redis granted just before is in the windows of a second still.
+            state.share.hold(now, Duration::from_secs(1));
+        }
+    }
+
     /// How much of each window is used; that is asked of Redis where there is one.
     pub(super) async fn used(&self, of_fleet: bool) -> Vec<QuotaUse> {
         if let Some(shared) = &self.shared
@@ -279,12 +293,9 @@ impl Begun<'_> {
     /// Redis is away: of `wanted` those that this replica's share has. Prefetching can wait until the fleet counts
     /// together again.
     fn alone(&self, wanted: u32) -> (u32, Duration) {
+        self.account.lose_redis();
         let now = self.account.now();
         let mut state = self.account.state();
-        if state.ledger.lose_redis(now) {
-            // What Redis granted just before is in the windows of a second still.
-            state.share.hold(now, Duration::from_secs(1));
-        }
         let share = state.terms.fallback_share;
         let (free, wait) = state.ledger.free_alone(now, share);
         if self.priority == Priority::Prefetch {

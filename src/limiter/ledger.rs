@@ -196,11 +196,12 @@ impl Ledger {
 
     /// As [`Ledger::free`] while Redis is away: that share of what it last said was left.
     pub(super) fn free_alone(&mut self, now: u64, share: f64) -> (u32, Duration) {
+        let awaited = self.awaited;
         least(self.lines.iter_mut().filter(|line| !line.spaced()).map(|line| {
             let limit = line.window.limit.get();
-            // What was made alone is among what was granted.
+            // What was made alone is among what was granted, and what is to be decided now.
             let alone = line.alone.made(now);
-            let before = line.granted.made(now).saturating_sub(alone);
+            let before = line.granted.made(now).saturating_sub(alone + awaited);
             let left = limit.saturating_sub(before.max(line.heard(now).unwrap_or_default()));
             // Of a small quota one call, unless it is known to be used up.
             let left = ((f64::from(left) * share) as u32).max(left.min(1));

@@ -113,7 +113,9 @@ pub(super) struct Refused {
 impl<A> Queue<A> {
     /// An empty one of which `concurrency` calls may be under way at once, to a host with that latency.
     pub(super) fn new(account: A, concurrency: usize, latency: Arc<Latency>) -> Self {
-        Self { account, slots: Arc::new(Semaphore::new(concurrency)), latency, line: Mutex::default() }
+        // Of the first grant nothing is known.
+        let line = Mutex::new(Line { epoch: u64::MAX, ..Line::default() });
+        Self { account, slots: Arc::new(Semaphore::new(concurrency)), latency, line }
     }
 
     /// What is known of when there will be a call is not known any more.

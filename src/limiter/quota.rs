@@ -136,6 +136,10 @@ impl Quota for Arc<Windows> {
         }
         let asked = self.started.elapsed();
         let fleet = self.of_fleet(own.calls(), priority).await;
+        if self.fleet.is_without_redis() {
+            // Its time without Redis begins now, and not when the fleet has a call for it.
+            tenant.lose_redis();
+        }
         if fleet.calls == 0 {
             return fleet;
         }

@@ -410,6 +410,7 @@ mod tests {
         }
         assert!(server.ask::<i64>(&["DBSIZE"]).await < 100, "nothing had to go");
         assert_eq!(server.ask::<i64>(&["TTL", &hash_key("used")]).await, -1);
+        let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "0"]).await;
         assert!(!replica.0.rest("used", SECOND).await, "it has just been used");
         sleep(SECOND + SECOND / 10).await;
         replica.take("used", 1, &used).await;
