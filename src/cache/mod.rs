@@ -481,7 +481,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             let outcome = match timeout_at(deadline, outcome.wait_for(Option::is_some)).await {
                 Ok(Ok(outcome)) => outcome.clone().unwrap_or(Err(Error::Lost)),
                 Ok(Err(_)) => Err(Error::Lost),
-                Err(_) => return Err(Error::TooLate { after }),
+                Err(_) => return Err(Error::TimedOut { after }),
             };
             match outcome {
                 // Whoever began it had no time left for a call; who joined may have.

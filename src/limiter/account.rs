@@ -279,7 +279,9 @@ impl Begun<'_> {
                 account.state().ledger.acknowledged(&told);
                 account.note_used(&told, &reply);
                 let calls = reply.calls.min(wanted);
-                let grant = self.made(calls, reply.wait.max(self.wait));
+                // Who was given all that the gates here had waits for these.
+                let wait = if calls == wanted { reply.wait.max(self.wait) } else { reply.wait };
+                let grant = self.made(calls, wait);
                 let (now, state) = (account.now(), account.state());
                 for (report, (_, due)) in told.windows.iter().zip(&reply.windows) {
                     state.local.keep_up(now, report.window.per, *due);
@@ -303,7 +305,8 @@ impl Begun<'_> {
         }
         let taken = state.share.take(now, wanted.min(free), None);
         state.ledger.made_alone(now, taken.calls);
-        (taken.calls, wait.max(taken.wait))
+        let wait = if taken.calls == wanted { self.wait } else { wait.max(taken.wait) };
+        (taken.calls, wait)
     }
 
     /// Of the calls begun so many are made.

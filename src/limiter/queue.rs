@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use super::quota::{Grant, Quota};
 use crate::{
+    chance::chance,
     cyberscan::{Priority, latency::Latency},
     metrics::QuotaScope,
 };
@@ -33,6 +34,8 @@ const PACE: Duration = Duration::from_secs(1);
 /// How often it is asked again whether there is a call, however long that will take as it looks: more than a window
 /// of a second takes.
 const RECOUNT: Duration = Duration::from_secs(2);
+/// How much later it is asked, at most: less than calls may come late without being lost.
+const JITTER: Duration = Duration::from_millis(4);
 /// What who cannot be told a time is told.
 const FIRST: Duration = super::pause::FIRST;
 
@@ -361,9 +364,10 @@ impl<Q: Quota> Queues<Q> {
     }
 }
 
-/// When to ask for calls again after a `grant` of none.
+/// When to ask for calls again after a `grant` of none: a little after there is one, each replica by chance, or the
+/// same one would always be first.
 fn again(grant: &Grant) -> Duration {
-    grant.wait.clamp(Duration::from_millis(1), RECOUNT)
+    grant.wait.clamp(Duration::from_millis(1), RECOUNT) + JITTER.mul_f64(chance())
 }
 
 /// Held for a few assignments; nothing in between can panic, so poison is ignored.
@@ -408,7 +412,8 @@ mod tests {
             if due > now || calls == 0 {
                 return Grant { wait: due - now, scope, ..Grant::whole(0) };
             }
-            *next = Some(now + self.interval);
+            // Who comes a little late has lost nothing.
+            *next = Some(due.max(now - 3 * JITTER) + self.interval);
             Grant { wait: self.interval, scope, ..Grant::whole(1) }
         }
 

@@ -414,6 +414,7 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
         })
         .collect();
     let so_far = || made.lock().unwrap().len();
+
     sleep(4 * SECOND).await;
     let with_redis = so_far();
     server.kill();
