@@ -38,6 +38,9 @@ pub(super) struct Account {
     state: Mutex<State>,
     shared: Option<Shared>,
     started: Instant,
+    /// Time that a test lets pass.
+    #[cfg(test)]
+    skew: std::sync::atomic::AtomicU64,
 }
 
 struct State {
@@ -81,7 +84,14 @@ impl Account {
             terms,
             last: None,
         };
-        Self { name, state: Mutex::new(state), shared, started }
+        Self {
+            name,
+            state: Mutex::new(state),
+            shared,
+            started,
+            #[cfg(test)]
+            skew: 0.into(),
+        }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
@@ -210,7 +220,10 @@ impl Account {
 
     /// Nanoseconds on the limiter's clock. A year ahead, so that the longest window does not begin before nought.
     fn now(&self) -> u64 {
-        nanos(self.started.elapsed() + Duration::from_secs(366 * 86_400))
+        let now = nanos(self.started.elapsed() + Duration::from_secs(366 * 86_400));
+        #[cfg(test)]
+        let now = now + self.skew.load(std::sync::atomic::Ordering::Relaxed);
+        now
     }
 
     /// Held for some arithmetic; nothing in between can panic, so poison is ignored.
@@ -340,4 +353,152 @@ fn share_of(windows: &[Window], terms: Terms, before: &Local) -> Local {
 fn share_of_window(window: Window, share: f64) -> Window {
     let limit = (f64::from(window.limit.get()) * share) as u32;
     Window { limit: limit.try_into().unwrap_or(std::num::NonZeroU32::MIN), ..window }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use futures_util::future::join_all;
+
+    use super::*;
+    use crate::{
+        limiter::{
+            shared::{fault, tests::shift},
+            tests::numbers,
+        },
+        redis_pool::Redis,
+        redis_server::RedisServer,
+    };
+
+    const SECOND: u64 = 1_000_000_000;
+    const DAY: u64 = 86_400 * SECOND;
+    const PER_SECOND: usize = 12;
+    const PER_DAY: usize = 60;
+
+    /// Three replicas on one Redis, and the calls they made.
+    struct Fleet {
+        server: RedisServer,
+        replicas: Vec<Account>,
+        made: Vec<u64>,
+        /// Calls Redis has granted and nobody has made, because its answer got lost, at most.
+        lost: usize,
+    }
+
+    impl Fleet {
+        async fn new(server: RedisServer) -> Self {
+            server.ask::<String>(&["FLUSHALL"]).await;
+            let windows: Vec<Window> =
+                [format!("{PER_SECOND}/s"), format!("{PER_DAY}/d")].map(|window| window.parse().unwrap()).to_vec();
+            let terms = Terms { burst: 0.5, fallback_share: 0.3, reserve: 0.5 };
+            let started = Instant::now();
+            let replica = || {
+                let shared = Shared::new(Redis::to(&server.url()));
+                Account::new("t".into(), windows.clone(), terms, Some(shared), started)
+            };
+            let replicas = vec![replica(), replica(), replica()];
+            Self { server, replicas, made: Vec::new(), lost: 0 }
+        }
+
+        /// What so many calls wanted by each of these come to.
+        async fn take(&mut self, who: &[usize], calls: u32) {
+            let taking = who.iter().map(|who| async {
+                let replica = &self.replicas[*who];
+                let grant = replica.begin(calls, Priority::Interactive).settle().await;
+                (replica.now(), grant.calls)
+            });
+            for (at, calls) in join_all(taking).await {
+                self.made.extend(std::iter::repeat_n(at, calls as usize));
+            }
+        }
+
+        fn break_all(&self, fault: u8) {
+            for replica in &self.replicas {
+                replica.shared.as_ref().unwrap().fault.store(fault, Relaxed);
+            }
+        }
+
+        /// Time passes, here and there.
+        async fn pass(&self, time: Duration) {
+            for replica in &self.replicas {
+                replica.skew.fetch_add(nanos(time), Relaxed);
+            }
+            shift(&self.server, "t", i64::try_from(time.as_micros()).unwrap()).await;
+        }
+
+        fn most_within(&self, span: u64) -> usize {
+            let mut made = self.made.clone();
+            made.sort_unstable();
+            let within = |first: usize| made[first..].iter().take_while(|at| **at < made[first] + span).count();
+            (0..made.len()).map(within).max().unwrap_or(0)
+        }
+    }
+
+    /// The promise of the limiter over everything that can happen to it: Redis's clock stands still or steps back, its
+    /// memory is lost, demands and answers are, Redis is away for all, replicas ask at once.
+    #[tokio::test]
+    async fn whatever_happens_no_window_has_more_calls_than_it_says() {
+        let mut server = Some(RedisServer::process(&[]).await);
+        for seed in 0..100 {
+            let mut number = numbers(seed);
+            let mut fleet = Fleet::new(server.take().unwrap()).await;
+            let (mut forgotten, mut log) = (0, Vec::new());
+            for _ in 0..90 {
+                let who = number(3) as usize;
+                let happens = number(100);
+                log.push((happens, who));
+                match happens {
+                    0..50 => fleet.take(&[who], 1 + number(6)).await,
+                    50..60 => fleet.take(&[0, 1, 2], 1 + number(4)).await,
+                    60..75 => fleet.pass(Duration::from_millis(u64::from(number(1_500)))).await,
+                    75..79 => fleet.pass(Duration::from_secs(u64::from(number(4 * 3_600)))).await,
+                    // Its clock steps back, and stands still until time catches up.
+                    79..83 => shift(&fleet.server, "t", -45_000_000).await,
+                    83..87 => {
+                        fleet.break_all(fault::NOT_ANSWERED);
+                        fleet.take(&[who], 3).await;
+                        fleet.lost += 3;
+                        fleet.break_all(fault::NONE);
+                    }
+                    87..91 => {
+                        fleet.break_all(fault::NOT_SENT);
+                        for _ in 0..number(12) {
+                            fleet.take(&[number(3) as usize], 2).await;
+                            fleet.pass(Duration::from_millis(u64::from(number(900)))).await;
+                        }
+                        fleet.break_all(fault::NONE);
+                    }
+                    91..93 => {
+                        fleet.server.ask::<String>(&["FLUSHALL"]).await;
+                        // Each tells what it knows when it next asks.
+                        forgotten += 3;
+                        fleet.take(&[0], 1).await;
+                        fleet.take(&[1], 1).await;
+                        fleet.take(&[2], 1).await;
+                    }
+                    _ => {}
+                }
+            }
+            // On a busy machine a grant is noted some milliseconds after it was made.
+            let most = fleet.most_within(SECOND * 19 / 20);
+            assert!(most <= PER_SECOND, "seed {seed}: {most} calls in a second: {log:?}");
+            let most = fleet.most_within(DAY);
+            assert!(most <= PER_DAY + forgotten, "seed {seed}: {most} calls in a day: {log:?}");
+            // In the end everybody has told everything, and Redis knows of every call.
+            for who in 0..3 {
+                fleet.pass(Duration::from_secs(5)).await;
+                fleet.take(&[who], 1).await;
+            }
+            fleet.take(&[0, 1, 2], 1).await;
+            let now = fleet.replicas[0].now();
+            let made = fleet.made.iter().filter(|at| **at + DAY > now).count();
+            let used = fleet.replicas[0].used(false).await[1].used as usize;
+            assert!(used >= made, "seed {seed}: {used} of {made} calls are known: {log:?}");
+            let lost = fleet.lost;
+            // Those of the part that is leaving count as well; those made without Redis from when it is told of them.
+            let leaving = fleet.made.iter().filter(|at| **at + DAY + DAY / 2 > now).count();
+            assert!(used <= leaving + lost, "seed {seed}: {used} of {leaving}, {lost} lost: {log:?}");
+            server = Some(fleet.server);
+        }
+    }
 }

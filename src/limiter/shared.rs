@@ -5,6 +5,8 @@
 //! that is full does not make room with it; when a replica has not called for as long as the longest window,
 //! and nobody else has, it gets one of that length ([`Shared::rest`]).
 
+#[cfg(test)]
+use std::sync::Arc;
 use std::{fmt::Write, time::Duration};
 
 use deadpool_redis::redis::{Script, cmd};
@@ -27,6 +29,16 @@ pub(super) struct Shared {
     rest: Script,
     /// Who this replica is.
     replica: String,
+    #[cfg(test)]
+    pub(super) fault: Arc<std::sync::atomic::AtomicU8>,
+}
+
+/// What a test has become of a demand: it does not get there, or its answer does not come back.
+#[cfg(test)]
+pub(super) mod fault {
+    pub(in crate::limiter) const NONE: u8 = 0;
+    pub(in crate::limiter) const NOT_SENT: u8 = 1;
+    pub(in crate::limiter) const NOT_ANSWERED: u8 = 2;
 }
 
 /// What Redis is asked for.
@@ -69,6 +81,8 @@ impl Shared {
             take: Script::new(include_str!("shared.lua")),
             rest: Script::new(include_str!("rest.lua")),
             replica: format!("{:x}", (chance() * (1_u64 << 52) as f64) as u64),
+            #[cfg(test)]
+            fault: Arc::default(),
         }
     }
 
@@ -98,10 +112,20 @@ impl Shared {
             }
         }
         let invocation = &invocation;
+        #[cfg(test)]
+        let fault = self.fault.load(std::sync::atomic::Ordering::Relaxed);
+        #[cfg(test)]
+        if fault == fault::NOT_SENT {
+            return Err(Unavailable);
+        }
         let answer: Vec<u64> = self
             .redis
             .run(Operation::Quota, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await?;
+        #[cfg(test)]
+        if fault == fault::NOT_ANSWERED {
+            return Err(Unavailable);
+        }
         let (&[forgot, calls, wait, pause, born, lost, at], windows) =
             answer.split_first_chunk().ok_or(Unavailable)?;
         let (windows, rest) = windows.as_chunks::<2>();
@@ -167,7 +191,7 @@ fn pause_key(account: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tokio::time::sleep;
 
     use super::*;
@@ -211,11 +235,13 @@ mod tests {
     }
 
     /// Moves the account's time on, as if so long had passed; or back, as if Redis's clock had stepped.
-    async fn shift(server: &RedisServer, account: &str, micros: i64) {
+    pub(in crate::limiter) async fn shift(server: &RedisServer, account: &str, micros: i64) {
         const SHIFT: &str = "local c = {struct.unpack('<ddddd', redis.call('HGET', KEYS[1], 'c'))} \
                              redis.call('HSET', KEYS[1], 'c', struct.pack('<ddddd', c[1], c[2] + ARGV[1], c[3], c[4], c[5]))";
         let (key, micros) = (hash_key(account), micros.to_string());
-        server.ask::<()>(&["EVAL", SHIFT, "1", &key, &micros]).await;
+        if server.ask::<i64>(&["EXISTS", &key]).await == 1 {
+            server.ask::<()>(&["EVAL", SHIFT, "1", &key, &micros]).await;
+        }
     }
 
     async fn pass(server: &RedisServer, account: &str, time: Duration) {
