@@ -11,7 +11,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, OnceLock, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -187,7 +187,8 @@ impl RedisTier {
     /// Tells all replicas that the tenant of that name has been asked to pause. Who is cut off meanwhile will be asked
     /// themselves.
     pub async fn announce_pause(&self, tenant: &str, pause: Duration) {
-        let until = self.0.clock.now().saturating_add(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX / 2));
+        let until =
+            self.0.clock.now().saturating_add(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX / 2));
         let told = self.event("pause", tenant, until);
         let telling = self
             .0

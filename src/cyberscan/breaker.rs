@@ -68,9 +68,10 @@ fn says<T>(outcome: &Result<T, Error>) -> Option<bool> {
     let Err(error) = outcome else { return Some(false) };
     match error {
         Error::Unreachable { .. } | Error::Unavailable { .. } | Error::TimedOut { .. } => Some(true),
-        Error::Untrusted { .. } | Error::Unauthorized | Error::Throttled { .. } | Error::Unexpected { .. } => {
-            Some(false)
-        }
+        Error::Untrusted { .. }
+        | Error::Unauthorized
+        | Error::Throttled { .. }
+        | Error::Unexpected { .. } => Some(false),
         Error::Limited { .. } | Error::TooLate { .. } | Error::Resting { .. } | Error::Lost => None,
     }
 }
@@ -138,7 +139,8 @@ mod tests {
         let call = Call::new(tenant, Instant::now() + IDLE, crate::cyberscan::Priority::Interactive);
         let second = Duration::from_secs(1);
         let silent = || Error::TimedOut { after: second };
-        let not_sent = [Error::Limited { retry_after: second }, Error::TooLate { after: second }, Error::Lost];
+        let not_sent =
+            [Error::Limited { retry_after: second }, Error::TooLate { after: second }, Error::Lost];
         // Ten in a row open it, whatever is refused in between.
         for number in 0..10 {
             for error in &not_sent {

@@ -171,7 +171,8 @@ impl Account {
         {
             let told = self.state().ledger.tell(self.now()).silent();
             let (burst, ahead) = (self.state().terms.burst, vec![Duration::ZERO; told.windows.len()]);
-            let demand = Demand { account: &self.name, calls: 0, reserve: 0.0, burst, told: &told, ahead: &ahead };
+            let demand =
+                Demand { account: &self.name, calls: 0, reserve: 0.0, burst, told: &told, ahead: &ahead };
             if let Ok(reply) = shared.take(&demand).await {
                 self.note_used(&told, &reply);
             }
@@ -388,8 +389,9 @@ mod tests {
     impl Fleet {
         async fn new(server: RedisServer) -> Self {
             server.ask::<String>(&["FLUSHALL"]).await;
-            let windows: Vec<Window> =
-                [format!("{PER_SECOND}/s"), format!("{PER_DAY}/d")].map(|window| window.parse().unwrap()).to_vec();
+            let windows: Vec<Window> = [format!("{PER_SECOND}/s"), format!("{PER_DAY}/d")]
+                .map(|window| window.parse().unwrap())
+                .to_vec();
             let terms = Terms { burst: 0.5, fallback_share: 0.3, reserve: 0.5 };
             let started = Instant::now();
             let replica = || {
@@ -429,7 +431,8 @@ mod tests {
         fn most_within(&self, span: u64) -> usize {
             let mut made = self.made.clone();
             made.sort_unstable();
-            let within = |first: usize| made[first..].iter().take_while(|at| **at < made[first] + span).count();
+            let within =
+                |first: usize| made[first..].iter().take_while(|at| **at < made[first] + span).count();
             (0..made.len()).map(within).max().unwrap_or(0)
         }
     }

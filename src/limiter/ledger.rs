@@ -318,9 +318,8 @@ impl Ledger {
     /// Of each window how many calls have been made: by all replicas if that was heard within the window, and by
     /// this one at least.
     pub(super) fn used(&mut self, now: u64) -> Vec<(Window, u32)> {
-        let used = |line: &mut Line| {
-            (line.window, line.heard(now).unwrap_or_default().max(line.granted.made(now)))
-        };
+        let used =
+            |line: &mut Line| (line.window, line.heard(now).unwrap_or_default().max(line.granted.made(now)));
         self.lines.iter_mut().map(used).collect()
     }
 }

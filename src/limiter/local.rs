@@ -173,8 +173,11 @@ impl StateStore for Memory {
 impl Bucket {
     /// A full one.
     pub(super) fn full(pace: Pace) -> Self {
-        let slots =
-            Slots { now: AtomicU64::new(0), due: AtomicU64::new(NEVER), earned: AtomicU32::new(pace.burst - 1) };
+        let slots = Slots {
+            now: AtomicU64::new(0),
+            due: AtomicU64::new(NEVER),
+            earned: AtomicU32::new(pace.burst - 1),
+        };
         let memory = Memory { pace, slots: Arc::new(slots) };
         let late = u32::try_from(pace.late / pace.cell()).unwrap_or(u32::MAX);
         let cells = pace.cells.saturating_mul(pace.burst).saturating_add(late);
@@ -191,7 +194,9 @@ impl Bucket {
         let cells = NonZeroU32::new(self.pace.cells).unwrap_or(NonZeroU32::MIN);
         match self.governor.check_n(cells) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(not_until)) => Err(not_until.wait_time_from(Nanos::from(now)).max(Duration::from_nanos(1))),
+            Ok(Err(not_until)) => {
+                Err(not_until.wait_time_from(Nanos::from(now)).max(Duration::from_nanos(1)))
+            }
             Err(_) => Err(Duration::from_nanos(self.pace.interval)),
         }
     }
@@ -385,7 +390,10 @@ mod tests {
     fn after_rest_there_is_a_burst_and_under_demand_calls_are_spaced() {
         let bucket = local("20/s", 0.5);
         let made = demand(&bucket, START, START + 10 * SECOND, MILLI);
-        assert!(made[9] == START && made[10] > START + SECOND / 2, "a burst of ten, and what it cost: {made:?}");
+        assert!(
+            made[9] == START && made[10] > START + SECOND / 2,
+            "a burst of ten, and what it cost: {made:?}"
+        );
         let steady: Vec<u64> = made[10..].windows(2).map(|two| two[1] - two[0]).collect();
         assert!(steady.iter().all(|gap| (45 * MILLI..=55 * MILLI).contains(gap)), "{steady:?}");
         assert!(made.len() >= 194, "{} of 200", made.len());
@@ -493,8 +501,7 @@ mod tests {
     fn every_quota_there_can_be_has_a_bucket() {
         for limit in [1_u32, 2, 3, 999, 1_000, 1_001, 999_999, 1_000_000, 1_000_000_000] {
             for seconds in [1, 2, 59, 60] {
-                let window =
-                    Window { limit: limit.try_into().unwrap(), per: Duration::from_secs(seconds) };
+                let window = Window { limit: limit.try_into().unwrap(), per: Duration::from_secs(seconds) };
                 let buckets = Local::new(&[window], 0.5, &Local::default());
                 let made = take(&buckets, START, 16);
                 assert!(made >= 1 && made <= limit, "{made} of {limit}/{seconds}s");

@@ -122,8 +122,7 @@ impl Limiter {
         tasks: TaskTracker,
     ) -> Self {
         let (started, shared) = (Instant::now(), redis.map(Shared::new));
-        let fleet =
-            Account::new(FLEET.into(), config.fleet.clone(), config.terms(), shared.clone(), started);
+        let fleet = Account::new(FLEET.into(), config.fleet.clone(), config.terms(), shared.clone(), started);
         let windows = Arc::new(Windows::new(fleet, Pauses::default()));
         Self(Arc::new(Inner {
             queues: Queues::new(windows, tasks),
@@ -184,7 +183,10 @@ impl Limiter {
         let mut ratios = vec![[0.0_f64; QuotaWindow::ALL.len()]; QuotaScope::ALL.len()];
         let mut note = |uses: Vec<QuotaUse>, scope: QuotaScope| {
             for quota in uses {
-                let window = Window { limit: quota.limit.try_into().unwrap_or(std::num::NonZeroU32::MIN), per: quota.per };
+                let window = Window {
+                    limit: quota.limit.try_into().unwrap_or(std::num::NonZeroU32::MIN),
+                    per: quota.per,
+                };
                 let ratio = ratios.get_mut(scope.index()).and_then(|of| of.get_mut(window.name().index()));
                 if let Some(ratio) = ratio {
                     *ratio = ratio.max(f64::from(quota.used) / f64::from(quota.limit));
@@ -236,7 +238,8 @@ impl Limiter {
         let quota = self.0.queues.quota();
         if quota.counts(&queue.account) && quota.pause(&queue.account).is_none() {
             let grant = quota.take(&queue.account, 1, call.priority).await;
-            let waits = call.priority == Priority::Interactive && Instant::now() + grant.wait < call.wanted_by;
+            let waits =
+                call.priority == Priority::Interactive && Instant::now() + grant.wait < call.wanted_by;
             if grant.calls == 0 {
                 let fate = if waits { DryRun::Delayed } else { DryRun::Refused };
                 self.0.metrics.limiter_dry_run.inc((grant.scope, urgency(call.priority), fate));

@@ -491,7 +491,9 @@ mod tests {
     /// moment made calls nobody waited for any more.
     #[tokio::test(start_paused = true)]
     async fn under_overload_the_calls_that_are_made_are_answered() {
-        for (patience, takes) in [(20 * SECOND, 3 * SECOND), (4 * SECOND, 3 * SECOND), (3 * SECOND, SECOND / 5)] {
+        for (patience, takes) in
+            [(20 * SECOND, 3 * SECOND), (4 * SECOND, 3 * SECOND), (3 * SECOND, SECOND / 5)]
+        {
             let bench = Bench::new(Every::new(SECOND / 4), 1_000);
             let (made, answered) = (Mutex::new(0_u32), Mutex::new(0_u32));
             let callers = (0..12 * 60).map(|number| {
@@ -515,7 +517,10 @@ mod tests {
             join_all(callers).await;
             let (made, answered) = (*lock(&made), *lock(&answered));
             assert!(made >= 4 * 60 * 97 / 100, "{made} calls of 240 in {patience:?}");
-            assert!(answered * 10 >= made * 9, "{answered} of {made} calls of {takes:?} were answered in {patience:?}");
+            assert!(
+                answered * 10 >= made * 9,
+                "{answered} of {made} calls of {takes:?} were answered in {patience:?}"
+            );
         }
     }
 
@@ -523,9 +528,8 @@ mod tests {
     async fn who_waits_is_refused_as_soon_as_it_is_known_that_it_would_be_too_late() {
         let bench = Bench::new(Every::new(SECOND), 1_000);
         let start = Instant::now();
-        let waiting = join_all((0..8).map(|_| async {
-            (bench.admit(10 * SECOND).await.map(drop), start.elapsed())
-        }));
+        let waiting =
+            join_all((0..8).map(|_| async { (bench.admit(10 * SECOND).await.map(drop), start.elapsed()) }));
         let slower = async {
             sleep(2 * SECOND).await;
             for _ in 0..20 {
@@ -648,7 +652,11 @@ mod tests {
             .await;
             // The last who left may still have been in the queue.
             sleep(3 * SECOND).await;
-            assert_eq!(bench.queue.slots.available_permits(), AT_ONCE, "seed {seed}: a slot was not given back");
+            assert_eq!(
+                bench.queue.slots.available_permits(),
+                AT_ONCE,
+                "seed {seed}: a slot was not given back"
+            );
             {
                 let line = bench.queue.line();
                 assert!(line.waiting.is_empty() && !line.served, "seed {seed}: it is served for nobody");

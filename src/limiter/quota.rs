@@ -114,7 +114,10 @@ impl Windows {
         let life = spaced.map(|pace| Duration::from_nanos(pace.spread)).min().unwrap_or(LEASE);
         let mut lease = self.lease();
         let until = asked + life;
-        *lease = Lease { calls: lease.calls + calls, until: if lease.calls == 0 { until } else { lease.until.min(until) } };
+        *lease = Lease {
+            calls: lease.calls + calls,
+            until: if lease.calls == 0 { until } else { lease.until.min(until) },
+        };
     }
 
     fn lease(&self) -> MutexGuard<'_, Lease> {
@@ -152,7 +155,11 @@ impl Quota for Arc<Windows> {
             self.pauses.hear(tenant.name(), pause);
             return Grant { wait: pause, paused: true, ..grant };
         }
-        if grant.calls > 0 && fleet.calls < calls { Grant { wait: fleet.wait, scope: fleet.scope, ..grant } } else { grant }
+        if grant.calls > 0 && fleet.calls < calls {
+            Grant { wait: fleet.wait, scope: fleet.scope, ..grant }
+        } else {
+            grant
+        }
     }
 
     fn at_best(&self, tenant: &Account, ahead: usize) -> Duration {

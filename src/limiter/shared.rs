@@ -132,9 +132,8 @@ impl Shared {
         if windows.len() != demand.told.windows.len() || !rest.is_empty() {
             return Err(Unavailable);
         }
-        let window = |[used, due]: &[u64; 2]| {
-            (u32::try_from(*used).unwrap_or(u32::MAX), Duration::from_micros(*due))
-        };
+        let window =
+            |[used, due]: &[u64; 2]| (u32::try_from(*used).unwrap_or(u32::MAX), Duration::from_micros(*due));
         Ok(Reply {
             forgot: forgot == 1,
             calls: u32::try_from(calls).unwrap_or(0),
@@ -258,7 +257,9 @@ pub(super) mod tests {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (seed >> 33) % below
         };
-        for (case, text) in ["20/s", "7/s,40/m", "200/s,90/h", "1/s", "60/d", "900/m,100000/30d"].iter().enumerate() {
+        for (case, text) in
+            ["20/s", "7/s,40/m", "200/s,90/h", "1/s", "60/d", "900/m,100000/30d"].iter().enumerate()
+        {
             let (account, windows) = (format!("case-{case}"), windows(text));
             let buckets = Local::new(&windows, 0.5, &Local::default());
             let mut sums: Vec<_> = windows
@@ -296,7 +297,9 @@ pub(super) mod tests {
     async fn a_wait_is_as_long_as_it_says() {
         let server = RedisServer::start().await;
         let replica = Replica::of(&server);
-        for (text, first, least, most) in [("20/s", 10, 500, 520), ("5/m,100/h", 2, 22_000, 25_000), ("3/h", 3, 3_590_000, 3_640_000)] {
+        for (text, first, least, most) in
+            [("20/s", 10, 500, 520), ("5/m,100/h", 2, 22_000, 25_000), ("3/h", 3, 3_590_000, 3_640_000)]
+        {
             let windows = windows(text);
             let reply = replica.take(text, 16, &windows).await;
             assert_eq!(reply.calls, first, "{text}");
@@ -362,7 +365,10 @@ pub(super) mod tests {
         let mut told = knows(&lost);
         told.windows[1].lost = vec![(0, 60), (3, 30)];
         let told_once = one.ask("t", 8, 0.0, &told, SECOND / 5).await;
-        assert!(!told_once.forgot && told_once.calls == 0, "a second begins anew after a second: {told_once:?}");
+        assert!(
+            !told_once.forgot && told_once.calls == 0,
+            "a second begins anew after a second: {told_once:?}"
+        );
         assert!(told_once.wait > SECOND * 9 / 10, "{told_once:?}");
         assert_eq!(told_once.windows[1].0, 90);
         // Its answer was lost: it is told again, and counted once.
@@ -374,7 +380,11 @@ pub(super) mod tests {
         told.windows[1].lost = vec![(1, 8)];
         assert_eq!(two.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[1].0, 98);
         pass(&server, "t", 2 * SECOND).await;
-        assert_eq!(two.ask("t", 8, 0.0, &knows(&other), Duration::ZERO).await.calls, 2, "all that is left of the day");
+        assert_eq!(
+            two.ask("t", 8, 0.0, &knows(&other), Duration::ZERO).await.calls,
+            2,
+            "all that is left of the day"
+        );
     }
 
     #[tokio::test]
@@ -424,7 +434,8 @@ pub(super) mod tests {
     #[tokio::test]
     async fn windows_live_while_they_are_in_use_and_twice_their_length_after() {
         // A Redis that is full does away with what has a time to live.
-        let server = RedisServer::process(&["--maxmemory", "4mb", "--maxmemory-policy", "volatile-ttl"]).await;
+        let server =
+            RedisServer::process(&["--maxmemory", "4mb", "--maxmemory-policy", "volatile-ttl"]).await;
         let replica = Replica::of(&server);
         let (used, idle) = (windows("10/s"), windows("10/s"));
         replica.take("used", 1, &used).await;
@@ -497,7 +508,10 @@ pub(super) mod tests {
             costs.push(cost.parse::<f64>().unwrap());
         }
         costs.sort_by(f64::total_cmp);
-        eprintln!("quota script with a full day and a second: {:.1} µs of Redis CPU (median of {costs:?})", costs[1]);
+        eprintln!(
+            "quota script with a full day and a second: {:.1} µs of Redis CPU (median of {costs:?})",
+            costs[1]
+        );
         assert!(costs[1] < 100.0, "{costs:?} µs");
     }
 }

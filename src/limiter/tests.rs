@@ -257,7 +257,10 @@ async fn a_tenant_may_have_quotas_of_its_own() {
         granted
     };
     assert_eq!((granted("small").await, granted("large").await, granted("free").await), (5, 50, 60));
-    limiter.reconfigure(Config { tenants: [(name("small"), vec!["20/h".parse().unwrap()])].into(), ..config("5/h", "") });
+    limiter.reconfigure(Config {
+        tenants: [(name("small"), vec!["20/h".parse().unwrap()])].into(),
+        ..config("5/h", "")
+    });
     assert_eq!(granted("small").await, 15, "those made before count");
     assert_eq!((granted("large").await, granted("free").await), (0, 5));
 }
@@ -287,7 +290,11 @@ async fn a_dry_run_refuses_nothing_and_counts_what_it_would_have_refused() {
     assert_eq!(fate(Urgency::Interactive, DryRun::Refused), 12);
     limiter.admit(&call_of("key", SECOND, Priority::Prefetch)).await.unwrap();
     assert_eq!(fate(Urgency::Prefetch, DryRun::Refused), 1);
-    assert_eq!(limiter.quotas(&call(SECOND).tenant).await[0].used, 10, "what would have been made is counted");
+    assert_eq!(
+        limiter.quotas(&call(SECOND).tenant).await[0].used,
+        10,
+        "what would have been made is counted"
+    );
     // A pause is CyberScan's wish, and no quota of ours.
     limiter.answered(&call(SECOND), Pace::TooFast { retry_after: Some(5 * SECOND) }).await;
     assert!(limiter.admit(&call(SECOND)).await.is_err());
@@ -371,7 +378,8 @@ async fn a_pause_holds_for_every_replica() {
 #[tokio::test]
 async fn a_fleets_quota_is_kept_by_all_replicas_and_shared_by_all_tenants() {
     let server = RedisServer::start().await;
-    let replicas = [(); 3].map(|()| limiter_on(Config { queue: 1_000, ..config("1000/s", "40/s") }, Some(&server)));
+    let replicas =
+        [(); 3].map(|()| limiter_on(Config { queue: 1_000, ..config("1000/s", "40/s") }, Some(&server)));
     let start = Instant::now();
     let callers = (0..200).map(|number: usize| {
         let replica = &replicas[number % 3];
@@ -430,7 +438,10 @@ async fn replicas_together_keep_the_quota_with_and_without_redis() {
     let most = most_within(&made, SECOND * 97 / 100);
     assert!(most <= 40, "{most} calls in a second");
     assert!(with_redis >= 145, "{with_redis} calls in 4 seconds");
-    assert!((60..=130).contains(&without), "{without} calls in 4 seconds without redis: nine tenths of three");
+    assert!(
+        (60..=130).contains(&without),
+        "{without} calls in 4 seconds without redis: nine tenths of three"
+    );
     assert!(back >= 50, "{back} calls in 3 seconds after it came back");
 }
 

@@ -450,14 +450,16 @@ fn twice(windows: &[Window]) -> Option<String> {
 
 /// Quotas of single tenants.
 fn tenants(from: &mut Reader, key: &'static str) -> Option<BTreeMap<String, Vec<Window>>> {
-    let single = from.list(key, |text| text.parse::<limiter::window::OfTenant>().map_err(|why| Some(why.to_string())))?;
+    let single = from
+        .list(key, |text| text.parse::<limiter::window::OfTenant>().map_err(|why| Some(why.to_string())))?;
     let mut tenants: BTreeMap<String, Vec<Window>> = BTreeMap::new();
     for limiter::window::OfTenant { tenant, window } in single {
         tenants.entry(tenant).or_default().extend(window);
     }
     match tenants.iter().find_map(|(tenant, windows)| Some((tenant, twice(windows)?))) {
         Some((tenant, length)) => {
-            let message = format!("expected one quota of {tenant} for each length of time, found two for {length}");
+            let message =
+                format!("expected one quota of {tenant} for each length of time, found two for {length}");
             from.fault(key, message)
         }
         None => Some(tenants),

@@ -245,7 +245,8 @@ async fn a_slow_cyberscan_under_three_times_its_quota_answers_what_is_paid_for()
     let asked = stream(&relays, &token, 18, 12, length).await;
     let (calls, answered) = (sandbox.cyberscan.count(Call::Vulnerabilities), whole(&asked).count());
     let opened = relay.metric("relay_breakers{state=\"open\"}").await;
-    let odd = asked.iter().filter(|it| !matches!(it.error.as_deref(), None | Some("too many requests"))).count();
+    let odd =
+        asked.iter().filter(|it| !matches!(it.error.as_deref(), None | Some("too many requests"))).count();
     eprintln!(
         "CyberScan at 3 s, 12/s asked of 4/s for {length:?}: {calls} calls, {answered} answers, {odd} neither answered nor \
          refused"
@@ -296,7 +297,11 @@ async fn a_crowd_that_asks_as_fast_as_it_can_gets_answers_for_nine_calls_in_ten(
         calls.len()
     );
     assert!(most <= 20 && delayed <= 25, "{most}, {delayed}");
-    assert!(calls.len() * 100 >= allowed * 97 && answered * 10 >= calls.len() * 9, "{} {answered}", calls.len());
+    assert!(
+        calls.len() * 100 >= allowed * 97 && answered * 10 >= calls.len() * 9,
+        "{} {answered}",
+        calls.len()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -330,11 +335,17 @@ async fn a_silent_host_is_left_alone_whatever_other_tenants_of_it_are_refused() 
         for ask_again in 0..3 {
             let ip = format!("198.18.{number}.{ask_again}");
             let refused = ask(relay.address, &spent, &[("ip", &ip)]).await.unwrap();
-            assert!(codes(&refused)[0] == "too many requests" || codes(&refused)[0] == "service unavailable", "{refused}");
+            assert!(
+                codes(&refused)[0] == "too many requests" || codes(&refused)[0] == "service unavailable",
+                "{refused}"
+            );
         }
         let answer = ask(relay.address, token, &[("ip", &format!("198.19.2.{number}"))]).await.unwrap();
         let code = codes(&answer)[0].to_owned();
-        assert!(code == "request timeout" || number >= 10 && code == "service unavailable", "{number}: {code}");
+        assert!(
+            code == "request timeout" || number >= 10 && code == "service unavailable",
+            "{number}: {code}"
+        );
     }
     let answer = ask(relay.address, &others[0], &[("ip", "198.19.3.1")]).await.unwrap();
     assert_eq!(codes(&answer), ["service unavailable"], "the host is not left alone");
