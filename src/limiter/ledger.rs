@@ -4,7 +4,8 @@
 //!
 //! There are two things to report. Calls made while Redis was away: their number only ever grows, and Redis
 //! notes how far it has been told, so a report whose answer got lost is sent again and counted once. And what
-//! was granted before Redis lost its memory, or a part of it: Redis notes who has told it that, too.
+//! was granted before Redis lost its memory, or a part of it: Redis notes who has told it that, too. It is also
+//! told how far its clock must have come, so that a step of that clock ends no window early and none late.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -18,6 +19,10 @@ use super::{
 pub(super) const PARTS: u64 = 100;
 /// Redis was away for so long that others will have made calls without it, too.
 const AWAY: Duration = Duration::from_secs(1);
+/// One part in so many may two machines' clocks be apart.
+const DRIFT: u64 = 1_000;
+/// For so long, in microseconds, a demand may be under way before Redis's clock is taken to have stepped.
+const SLACK: u64 = 100_000;
 
 /// The calls of the last [`Window::per`], by part. Times are nanoseconds on any clock that does not step back.
 #[derive(Clone, Debug)]
@@ -27,6 +32,9 @@ pub(super) struct Calls {
     parts: VecDeque<(u64, u32)>,
     sum: u32,
 }
+
+/// How many parts ago, and how many calls; newest first.
+pub(super) type ByPart = Vec<(u64, u32)>;
 
 impl Calls {
     pub(super) fn new(per: Duration) -> Self {
@@ -82,25 +90,24 @@ impl Calls {
         Duration::from_nanos(leaves.saturating_sub(now))
     }
 
-    /// The calls made from `since` on but for the newest `less`, by part: how many parts ago, and how many.
-    fn history(&mut self, now: u64, since: u64, mut less: u32) -> Vec<(u64, u32)> {
+    /// The calls by part, newest first.
+    fn by_part(&mut self, now: u64) -> ByPart {
         self.forget(now);
-        let (number, first) = (now / self.part, since / self.part);
-        let parts = self.parts.iter().rev().map(|(part, calls)| {
-            let left = calls.saturating_sub(less);
-            less = less.saturating_sub(*calls);
-            (*part, left)
-        });
-        let parts = parts.filter(|(part, calls)| *part >= first && *calls > 0);
-        parts.map(|(part, calls)| (number.saturating_sub(part), calls)).collect()
+        let number = now / self.part;
+        let parts = self.parts.iter().rev();
+        parts.map(|(part, calls)| (number.saturating_sub(*part), *calls)).collect()
     }
 }
 
 /// What goes to Redis with a demand for calls.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Told {
+    /// When that was, on the clock of this replica.
+    pub(super) at: u64,
     /// The state of Redis's memory as last heard, if that matters still.
     pub(super) memory: Option<Memory>,
+    /// What Redis's clock must show by now, at least and at most.
+    pub(super) clock: Option<(u64, u64)>,
     /// Redis was away: calls may have been made that it does not know.
     pub(super) away: bool,
     /// Of each window what there is to report.
@@ -110,8 +117,9 @@ pub(super) struct Told {
 impl Told {
     /// The same without anything to report.
     pub(super) fn silent(self) -> Self {
-        let silent = |report: Report| Report { unreported: 0, recent: 0, lost: Vec::new(), ..report };
-        Self { memory: None, away: false, windows: self.windows.into_iter().map(silent).collect() }
+        let silent = |report: Report| Report::nothing(report.window);
+        let windows = self.windows.into_iter().map(silent).collect();
+        Self { memory: None, clock: None, away: false, windows, ..self }
     }
 }
 
@@ -119,12 +127,18 @@ impl Told {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Report {
     pub(super) window: Window,
-    /// All that were ever made while Redis was away, if it may not have heard of the last of them.
-    pub(super) unreported: u64,
+    /// All that were ever made while Redis was away, if it may not know of them.
+    pub(super) ever_alone: u64,
     /// Those of them that are in the window still.
-    pub(super) recent: u32,
-    /// Those granted before Redis lost its memory: how many parts ago, and how many.
-    pub(super) lost: Vec<(u64, u32)>,
+    pub(super) alone: ByPart,
+    /// Those Redis had granted before it lost its memory.
+    pub(super) lost: ByPart,
+}
+
+impl Report {
+    pub(super) fn nothing(window: Window) -> Self {
+        Self { window, ever_alone: 0, alone: Vec::new(), lost: Vec::new() }
+    }
 }
 
 /// The state of an account's memory in Redis, in its own time: microseconds that do not step back.
@@ -136,6 +150,30 @@ pub(super) struct Memory {
     pub(super) lost: u64,
     /// When it last changed.
     pub(super) at: u64,
+    /// What its clock shows.
+    pub(super) clock: u64,
+}
+
+/// What was last heard of Redis's memory.
+#[derive(Clone, Copy)]
+struct Heard {
+    memory: Memory,
+    /// When that state was first heard of.
+    changed: u64,
+    /// When Redis was asked what its clock shows, and when it answered.
+    asked: u64,
+    answered: u64,
+}
+
+impl Heard {
+    /// What the clock must show at `now`, at least and at most: as much later as this replica's own clock says, give
+    /// or take what clocks are apart and what a demand is under way.
+    fn clock(&self, now: u64) -> (u64, u64) {
+        let (least, most) = (now.saturating_sub(self.answered), now.saturating_sub(self.asked));
+        let least = self.memory.clock + (least - least / DRIFT) / 1_000;
+        let most = self.memory.clock + (most + most / DRIFT) / 1_000;
+        (least.saturating_sub(SLACK), most + SLACK)
+    }
 }
 
 /// One window of an account.
@@ -146,7 +184,8 @@ struct Line {
     /// Calls made while Redis was away: those in the window, and all there ever were.
     alone: Calls,
     ever_alone: u64,
-    lost: Vec<(u64, u32)>,
+    /// Since when Redis has lost what it had granted, and not been told again.
+    lost: Option<u64>,
     /// Calls of all replicas, as Redis last said, and when.
     heard: Option<(u64, u32)>,
 }
@@ -159,8 +198,8 @@ pub(super) struct Ledger {
     awaited: u32,
     /// Redis may not have heard of all calls made while it was away.
     unreported: bool,
-    /// The state of Redis's memory, and when that was heard.
-    memory: Option<(Memory, u64)>,
+    /// The state of Redis's memory.
+    memory: Option<Heard>,
     /// Since when Redis has been away.
     away: Option<u64>,
 }
@@ -176,7 +215,7 @@ impl Ledger {
                 granted: Calls::new(window.per),
                 alone: Calls::new(window.per),
                 ever_alone: 0,
-                lost: Vec::new(),
+                lost: None,
                 heard: None,
             },
         };
@@ -241,52 +280,65 @@ impl Ledger {
     pub(super) fn tell(&mut self, now: u64) -> Told {
         // Older than the longest window it matters no more, and Redis may have done away with it.
         let longest = self.lines.iter().map(|line| nanos(line.window.per)).max().unwrap_or_default();
-        let memory = self.memory.filter(|(_, heard)| now.saturating_sub(*heard) < longest);
-        let unreported = self.unreported;
-        let report = |line: &mut Line| Report {
-            window: line.window,
-            unreported: if unreported { line.ever_alone } else { 0 },
-            recent: line.alone.made(now),
-            lost: line.lost.clone(),
-        };
-        let windows = self.lines.iter_mut().map(report).collect();
-        let away = self.away.is_some_and(|since| now.saturating_sub(since) >= nanos(AWAY));
-        Told { memory: memory.map(|(memory, _)| memory), away, windows }
+        self.memory = self.memory.filter(|heard| now.saturating_sub(heard.changed) < longest);
+        let report = |line: &mut Line| line.report(now, self.unreported, self.awaited);
+        Told {
+            at: now,
+            windows: self.lines.iter_mut().map(report).collect(),
+            memory: self.memory.map(|heard| heard.memory),
+            clock: self.memory.map(|heard| heard.clock(now)),
+            away: self.away.is_some_and(|since| now.saturating_sub(since) >= nanos(AWAY)),
+        }
     }
 
-    /// Redis has answered. If it has lost something since it was heard last, that is to be reported.
-    pub(super) fn hear(&mut self, now: u64, memory: Memory) {
+    /// Redis has answered what it was `told`. If it has lost something since it was heard last, that is to be
+    /// reported. Whether the answer is of the memory Redis has now: what one granted that it has lost since,
+    /// it does not know of.
+    pub(super) fn hear(&mut self, now: u64, told: &Told, memory: Memory) -> bool {
         self.away = None;
-        let Some((known, heard)) = self.memory else {
-            self.memory = Some((memory, now));
-            return;
+        let new = Heard { memory, changed: now, asked: told.at, answered: now };
+        let Some(known) = self.memory else {
+            self.memory = Some(new);
+            return true;
         };
-        if memory.born > known.born {
-            // What it was told before it began to lose is there still.
-            let since = match memory.lost {
-                0 => 0,
-                lost => heard.saturating_sub(known.at.saturating_sub(lost).saturating_mul(1_000)),
-            };
-            let awaited = self.awaited;
-            for line in &mut self.lines {
-                line.lost = line.granted.history(now, since, awaited);
+        if memory.born == known.memory.born {
+            // Answers may overtake each other.
+            if memory.at > known.memory.at {
+                self.memory = Some(new);
+            } else if memory.clock > known.memory.clock {
+                let memory = Memory { at: known.memory.at, ..memory };
+                self.memory = Some(Heard { memory, changed: known.changed, ..new });
             }
-        } else if memory.born < known.born || memory.at <= known.at {
-            // Nothing new, or an answer that was overtaken by another.
-            return;
+            return true;
         }
-        self.memory = Some((memory, now));
+        if told.at < known.answered {
+            return false;
+        }
+        // What it was told before it began to lose is there still.
+        let since = match memory.lost {
+            0 => 0,
+            lost => {
+                known.changed.saturating_sub(known.memory.at.saturating_sub(lost).saturating_mul(1_000))
+            }
+        };
+        for line in &mut self.lines {
+            line.lost = Some(line.lost.map_or(since, |before| before.min(since)));
+        }
+        self.memory = Some(new);
+        true
     }
 
     /// Redis has counted what it was told.
     pub(super) fn acknowledged(&mut self, told: &Told) {
+        let born = |memory: Option<Memory>| memory.map(|memory| memory.born);
+        if born(told.memory) != born(self.memory.map(|heard| heard.memory)) {
+            return;
+        }
         let mut all = true;
         for report in &told.windows {
             if let Some(line) = self.lines.iter_mut().find(|line| line.window.per == report.window.per) {
-                if line.lost == report.lost {
-                    line.lost.clear();
-                }
-                all &= line.ever_alone == report.unreported;
+                line.lost = None;
+                all &= line.ever_alone == report.ever_alone;
             }
         }
         self.unreported &= !all;
@@ -312,7 +364,7 @@ impl Ledger {
 
     /// Which state the windows are in: another one where Redis, or its memory, was lost or found.
     pub(super) fn epoch(&self) -> u64 {
-        if self.is_away() { 0 } else { self.memory.map_or(1, |(memory, _)| memory.born) }
+        if self.is_away() { 0 } else { self.memory.map_or(1, |heard| heard.memory.born) }
     }
 
     /// Of each window how many calls have been made: by all replicas if that was heard within the window, and by
@@ -328,6 +380,29 @@ impl Line {
     /// Its bucket sees to it.
     fn spaced(&self) -> bool {
         self.window.per <= LONGEST_SPACED
+    }
+
+    /// What Redis is to be told of it: calls made alone, if some of them are `unreported`; what it has lost, but for
+    /// the newest calls, where an answer is `awaited`.
+    fn report(&mut self, now: u64, unreported: bool, mut awaited: u32) -> Report {
+        if !unreported && self.lost.is_none() {
+            return Report::nothing(self.window);
+        }
+        let alone = self.alone.by_part(now);
+        let mut lost = Vec::new();
+        if let Some(since) = self.lost {
+            let first = now.saturating_sub(since) / self.granted.part;
+            for (ago, calls) in self.granted.by_part(now) {
+                let these = calls.min(awaited);
+                awaited -= these;
+                let told = alone.iter().find(|(part, _)| *part == ago).map_or(0, |(_, calls)| *calls);
+                let calls = (calls - these).saturating_sub(told);
+                if calls > 0 && ago <= first + 1 {
+                    lost.push((ago, calls));
+                }
+            }
+        }
+        Report { window: self.window, ever_alone: self.ever_alone, alone, lost }
     }
 
     fn heard(&self, now: u64) -> Option<u32> {

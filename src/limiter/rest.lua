@@ -3,10 +3,10 @@
 -- Answer: 1 if it will be gone, 0 if it is in use.
 local clock = redis.call('HGET', KEYS[1], 'c')
 if not clock then return 1 end
-local changed, ahead, born, lost = struct.unpack('<ddddd', clock)
+local changed, ahead, born, lost, before = struct.unpack('<dddddd', clock)
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2] + ahead
 if now - changed < ARGV[1] * 1000000 then return 0 end
-redis.call('HSET', KEYS[1], 'c', struct.pack('<ddddd', changed, ahead, born, lost, 1))
+redis.call('HSET', KEYS[1], 'c', struct.pack('<dddddd', changed, ahead, born, lost, before, 1))
 redis.call('PEXPIRE', KEYS[1], ARGV[1] * 1000)
 return 1

@@ -2,20 +2,20 @@
 --
 -- KEYS: the account's hash; the key that stands while CyberScan has asked for a pause.
 -- ARGV: calls wanted, share to be left over, the replica, when the memory came into being and when it last changed
---   as the replica heard (nought: not heard), 1 if the replica was without Redis. Then per window: its length
---   in seconds, its limit, and of a window whose calls are spaced: the interval, calls of a burst, how late a call
---   may be, how far the replica is ahead; of another: 0, calls the replica ever made without Redis, those of them
---   that are in the window, and those it made before the memory was lost, as `parts ago:calls ...`. Times are
---   microseconds.
+--   as the replica heard (nought: not heard), 1 if the replica was without Redis, what the account's clock must show
+--   at least and at most. Then per window: its length in seconds, its limit, and of a window whose calls are
+--   spaced: the interval, calls of a burst, how late a call may be, how far the replica is ahead; of another: 0,
+--   calls the replica ever made without Redis, those of them that are in the window, and those it was granted
+--   before the memory was lost, both as `parts ago:calls ...`, newest first. Times are microseconds.
 -- The hash holds doubles. `c` is the account's clock: when it last changed, how far it is ahead of Redis's, when
---   it came into being, from when on it lost what was there before, 1 if it is at rest and has a time to live. Per
---   window, under its length: of spaced calls when the next one is due, what is left of a burst, and for display
+--   it came into being, from when on it lost what was there before and when that had come into being, 1 if it is at
+--   rest and has a time to live. Per window, under its length: of spaced calls when the next one is due, what is left of a burst, and for display
 --   the number of the current window, calls in it and in the one before; of others the calls in it, the number of
 --   its oldest part with calls, that of its newest, and calls in that. The calls of older parts lie under
 --   `length:part` as text, the part's number modulo 128; what a replica has reported under `length:r:replica`.
 -- Answer: 1 if the memory is not what the replica heard, with nothing granted; calls granted, microseconds until
---   there is one, milliseconds of a pause, when the memory came into being, lost something, changed; then per
---   window: calls used, microseconds until the next one is due.
+--   there is one, milliseconds of a pause, when the memory came into being, lost something, changed, what its
+--   clock shows; then per window: calls used, microseconds until the next one is due.
 local call, floor, max, min = redis.call, math.floor, math.max, math.min
 local pack, unpack_doubles = struct.pack, struct.unpack
 local key, count = KEYS[1], #ARGV
@@ -25,31 +25,29 @@ local want, reserve = tonumber(ARGV[1]), tonumber(ARGV[2])
 local known, cold = tonumber(ARGV[4]), ARGV[6] == '1'
 local paused = max(0, call('PTTL', KEYS[2]))
 
-local names = {'c', ARGV[7], ARGV[13], ARGV[19], ARGV[25]}
-for at = 31, count, 6 do names[#names + 1] = ARGV[at] end
+local names = {'c', ARGV[9], ARGV[15], ARGV[21], ARGV[27]}
+for at = 33, count, 6 do names[#names + 1] = ARGV[at] end
 local state = call('HMGET', key, unpack(names))
-local changed, ahead, born, lost, resting
+local changed, ahead, born, lost, previous, resting
 local write, forgot = false, 0
 if state[1] then
-  changed, ahead, born, lost, resting = unpack_doubles('<ddddd', state[1])
-  now = now + ahead
-  -- Redis's clock has stepped back: the account's stands still for a moment and goes on.
-  if now < changed then
-    ahead = ahead + changed - now
-    now, write = changed, true
-  end
+  changed, ahead, born, lost, previous, resting = unpack_doubles('<dddddd', state[1])
+  -- Where Redis's clock has stepped, the account's goes on as that of the replica does; never back.
+  local shows = now + ahead
+  if born == known then shows = min(max(shows, tonumber(ARGV[7])), tonumber(ARGV[8])) end
+  shows = max(shows, changed)
+  if shows ~= now + ahead then ahead, write = shows - now, true end
+  now = shows
 end
 
 -- A window that is not there, or was when calls were made elsewhere, does not begin with a burst.
 if not born or (born == known and changed < tonumber(ARGV[5])) then
   -- It is new, or Redis has lost it, or has come back with an older state.
-  lost = 0
-  if known > 0 then
-    cold, forgot, lost = true, 1, changed or 0
-  end
+  if known > 0 then cold, forgot = true, 1 end
   -- To ask for nothing makes nothing.
   write = want > 0 or forgot == 1
-  changed, ahead, born, resting = now, ahead or 0, now, 0
+  lost, previous = changed or 0, born or 0
+  changed, ahead, born, resting = now, ahead or 0, max(now, known + 1), 0
 elseif known > 0 and born ~= known then
   forgot = 1
 end
@@ -58,7 +56,7 @@ if forgot == 1 or paused > 0 then want = 0 end
 -- How many calls each window has.
 local granted, windows = want, {}
 for w = 2, #names do
-  local at, saved = 6 * w - 5, state[w]
+  local at, saved = 6 * w - 3, state[w]
   local per, interval = tonumber(ARGV[at]), tonumber(ARGV[at + 2])
   if interval > 0 then
     local burst, late = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
@@ -121,30 +119,29 @@ for w = 2, #names do
       if #gone > 0 then call('HDEL', key, unpack(gone)) end
       oldest, write = first, true
     end
-    local ever, recent, history = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4]), ARGV[at + 5]
+    local ever, alone, history = tonumber(ARGV[at + 3]), ARGV[at + 4], ARGV[at + 5]
     if forgot == 0 and (ever > 0 or history ~= '') then
       local name = per .. ':r:' .. ARGV[3]
       local report = call('HGET', key, name)
       local when, far = 0, 0
       if report then when, far = unpack_doubles('<dd', report) end
-      local add = min(max(0, ever - far), recent)
-      if history ~= '' and when ~= born then
-        -- What was made without Redis is among it.
-        add = 0
-        for ago, made in string.gmatch(history, '(%d+):(%d+)') do
-          -- Its parts may begin a little earlier.
+      local function add(by_part, most)
+        for ago, made in string.gmatch(by_part, '(%d+):(%d+)') do
+          made = min(made, most)
+          most = most - made
+          -- The replica's parts may begin a little earlier.
           local which = min(current, current - ago + 1)
           if which == current then
             calls = calls + made
-          else
+          elseif made > 0 then
             call('HINCRBY', key, per .. ':' .. which % 128, made)
           end
           oldest = used > 0 and min(oldest, which) or which
           used = used + made
         end
       end
-      if used == 0 then oldest = current end
-      used, calls = used + add, calls + add
+      add(alone, max(0, ever - far))
+      if when ~= born then add(history, math.huge) end
       call('HSET', key, name, pack('<dd', born, max(ever, far)))
       write = true
     end
@@ -157,7 +154,8 @@ end
 
 -- What is left of them.
 local wait = paused * 1000
-local answer = {forgot, granted, 0, paused, born, lost, 0}
+-- What was lost is known to who had heard of the memory before.
+local answer = {forgot, granted, 0, paused, born, known == previous and lost or 0, 0, now}
 write = write or granted > 0
 local set = {key, 'c', ''}
 for w = 2, #names do
@@ -175,20 +173,20 @@ for w = 2, #names do
     if write then
       set[place], set[place + 1] = names[w], pack('<ddddd', due, left, turn, calls + granted, before)
     end
-    answer[2 * w + 4], answer[2 * w + 5] = used + granted, until_due
+    answer[2 * w + 5], answer[2 * w + 6] = used + granted, until_due
   else
     local _, free, used, oldest, newest, calls, part = unpack(window)
     if free <= granted then wait = max(wait, (oldest + 101) * part - now, 1) end
     if write then
       set[place], set[place + 1] = names[w], pack('<dddd', used + granted, oldest, newest, calls + granted)
     end
-    answer[2 * w + 4], answer[2 * w + 5] = used + granted, 0
+    answer[2 * w + 5], answer[2 * w + 6] = used + granted, 0
   end
 end
 if write then
   changed = now
   if resting == 1 then call('PERSIST', key) end
-  set[3] = pack('<ddddd', changed, ahead, born, lost, 0)
+  set[3] = pack('<dddddd', changed, ahead, born, lost, previous, 0)
   call('HSET', unpack(set))
 end
 answer[3], answer[7] = math.ceil(wait), changed

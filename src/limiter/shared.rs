@@ -12,7 +12,7 @@ use std::{fmt::Write, time::Duration};
 use deadpool_redis::redis::{Script, cmd};
 
 use super::{
-    ledger::{Memory, Told},
+    ledger::{ByPart, Memory, Told},
     local::{Local, Pace},
 };
 use crate::{
@@ -93,6 +93,8 @@ impl Shared {
         let memory = demand.told.memory.unwrap_or_default();
         invocation.arg(demand.calls).arg(demand.reserve).arg(&self.replica);
         invocation.arg(memory.born).arg(memory.at).arg(u8::from(demand.told.away));
+        let (least, most) = demand.told.clock.unwrap_or((0, u64::MAX));
+        invocation.arg(least).arg(most);
         for (report, ahead) in demand.told.windows.iter().zip(demand.ahead) {
             let window = report.window;
             invocation.arg(window.per.as_secs()).arg(window.limit.get());
@@ -103,11 +105,8 @@ impl Shared {
                     invocation.arg(ahead.as_micros().to_string());
                 }
                 None => {
-                    invocation.arg(0).arg(report.unreported).arg(report.recent);
-                    invocation.arg(report.lost.iter().fold(String::new(), |mut text, (ago, calls)| {
-                        let _ = write!(text, "{ago}:{calls} ");
-                        text
-                    }));
+                    invocation.arg(0).arg(report.ever_alone);
+                    invocation.arg(by_part(&report.alone)).arg(by_part(&report.lost));
                 }
             }
         }
@@ -126,7 +125,7 @@ impl Shared {
         if fault == fault::NOT_ANSWERED {
             return Err(Unavailable);
         }
-        let (&[forgot, calls, wait, pause, born, lost, at], windows) =
+        let (&[forgot, calls, wait, pause, born, lost, at, clock], windows) =
             answer.split_first_chunk().ok_or(Unavailable)?;
         let (windows, rest) = windows.as_chunks::<2>();
         if windows.len() != demand.told.windows.len() || !rest.is_empty() {
@@ -139,7 +138,7 @@ impl Shared {
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             pause: Duration::from_millis(pause),
-            memory: Memory { born, lost, at },
+            memory: Memory { born, lost, at, clock },
             windows: windows.iter().map(window).collect(),
         })
     }
@@ -181,6 +180,14 @@ pub(super) fn ahead(told: &Told, local: &Local, now: u64) -> Vec<Duration> {
     told.windows.iter().map(|report| local.ahead(now, report.window.per)).collect()
 }
 
+/// Calls by part as `parts ago:calls ...`.
+fn by_part(calls: &ByPart) -> String {
+    calls.iter().fold(String::new(), |mut text, (ago, calls)| {
+        let _ = write!(text, "{ago}:{calls} ");
+        text
+    })
+}
+
 fn hash_key(account: &str) -> String {
     format!("relay:1:{{{account}}}:quota")
 }
@@ -211,8 +218,7 @@ pub(super) mod tests {
 
     /// Nothing to report.
     fn nothing(windows: &[Window]) -> Told {
-        let report = |window: &Window| Report { window: *window, unreported: 0, recent: 0, lost: Vec::new() };
-        Told { memory: None, away: false, windows: windows.iter().map(report).collect() }
+        Told { windows: windows.iter().map(|window| Report::nothing(*window)).collect(), ..Told::default() }
     }
 
     /// A replica that asks for what it is told to.
@@ -235,8 +241,9 @@ pub(super) mod tests {
 
     /// Moves the account's time on, as if so long had passed; or back, as if Redis's clock had stepped.
     pub(in crate::limiter) async fn shift(server: &RedisServer, account: &str, micros: i64) {
-        const SHIFT: &str = "local c = {struct.unpack('<ddddd', redis.call('HGET', KEYS[1], 'c'))} \
-                             redis.call('HSET', KEYS[1], 'c', struct.pack('<ddddd', c[1], c[2] + ARGV[1], c[3], c[4], c[5]))";
+        const SHIFT: &str = "local c = {struct.unpack('<dddddd', redis.call('HGET', KEYS[1], 'c'))} \
+                             c[2] = c[2] + ARGV[1] \
+                             redis.call('HSET', KEYS[1], 'c', struct.pack('<dddddd', unpack(c, 1, 6)))";
         let (key, micros) = (hash_key(account), micros.to_string());
         if server.ask::<i64>(&["EXISTS", &key]).await == 1 {
             server.ask::<()>(&["EVAL", SHIFT, "1", &key, &micros]).await;
@@ -412,10 +419,10 @@ pub(super) mod tests {
         let server = RedisServer::start().await;
         let replica = Replica::of(&server);
         let quota = windows("20/s,100/d");
-        let told = |unreported, recent| {
+        let told = |ever_alone, recent| {
             let mut told = Told { away: true, ..nothing(&quota) };
-            told.windows[1].unreported = unreported;
-            told.windows[1].recent = recent;
+            told.windows[1].ever_alone = ever_alone;
+            told.windows[1].alone = vec![(0, recent)];
             told
         };
         replica.take("t", 1, &quota).await;
