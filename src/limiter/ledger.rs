@@ -114,15 +114,6 @@ pub(super) struct Told {
     pub(super) windows: Vec<Report>,
 }
 
-impl Told {
-    /// The same without anything to report.
-    pub(super) fn silent(self) -> Self {
-        let silent = |report: Report| Report::nothing(report.window);
-        let windows = self.windows.into_iter().map(silent).collect();
-        Self { memory: None, clock: None, away: false, windows, ..self }
-    }
-}
-
 /// Calls of a window that Redis may not know of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Report {
@@ -242,8 +233,9 @@ impl Ledger {
             let alone = line.alone.made(now);
             let before = line.granted.made(now).saturating_sub(alone + awaited);
             let left = limit.saturating_sub(before.max(line.heard(now).unwrap_or_default()));
-            // Of a small quota one call, unless it is known to be used up.
-            let left = ((f64::from(left) * share) as u32).max(left.min(1));
+            // Of a quota too small to be shared one call, unless it is known to be used up.
+            let least = if f64::from(limit) * share < 1.0 { left.min(1) } else { 0 };
+            let left = ((f64::from(left) * share) as u32).max(least);
             let free = left.saturating_sub(alone);
             (free, if free == 0 { line.window.per / 100 } else { Duration::ZERO })
         }))
@@ -317,15 +309,18 @@ impl Ledger {
         // What it was told before it began to lose is there still.
         let since = match memory.lost {
             0 => 0,
-            lost => {
-                known.changed.saturating_sub(known.memory.at.saturating_sub(lost).saturating_mul(1_000))
-            }
+            lost => known.changed.saturating_sub(known.memory.at.saturating_sub(lost).saturating_mul(1_000)),
         };
         for line in &mut self.lines {
             line.lost = Some(line.lost.map_or(since, |before| before.min(since)));
         }
         self.memory = Some(new);
         true
+    }
+
+    /// Whether there is anything to report.
+    pub(super) fn owes(&self) -> bool {
+        self.unreported || self.lines.iter().any(|line| line.lost.is_some())
     }
 
     /// Redis has counted what it was told.

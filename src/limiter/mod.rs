@@ -80,6 +80,11 @@ impl Config {
         Terms { burst: self.burst, fallback_share: self.fallback_share, reserve: self.reserve }
     }
 
+    /// Whether there are quotas at all.
+    fn counts(&self) -> bool {
+        ![&self.tenant, &self.fleet].into_iter().chain(self.tenants.values()).all(Vec::is_empty)
+    }
+
     /// The windows of the tenant of that name.
     fn windows_of(&self, tenant: &str) -> &[Window] {
         self.tenants.get(tenant).unwrap_or(&self.tenant)
@@ -88,7 +93,7 @@ impl Config {
 
 /// Tenants that are remembered.
 const TENANTS: u64 = 10_000;
-/// How often is looked for accounts that have not been used for long.
+/// How often is looked for what Redis has to be told, and for accounts that have not been used for long.
 const TIDY: Duration = Duration::from_secs(1);
 /// The fleet's name in Redis; tenants' have 32 digits.
 const FLEET: &str = "fleet";
@@ -162,16 +167,27 @@ impl Limiter {
         self.windows().pauses.hear(tenant, pause);
     }
 
-    /// Lets windows in Redis go that nobody uses any more, until `shutdown`.
+    /// Once a second, until `shutdown`: tells Redis of calls that were made while it was away or that it has forgotten,
+    /// and lets windows go there that nobody uses any more.
     pub async fn tidy(self, shutdown: CancellationToken) {
         let mut ticks = interval(TIDY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let tidying = async {
+            let mut known = None;
             loop {
                 ticks.tick().await;
-                self.windows().fleet.rest_if_idle().await;
+                let Some(shared) = self.0.shared.as_ref().filter(|_| self.0.config.snapshot().counts())
+                else {
+                    continue;
+                };
+                let Ok(memory) = shared.memory().await else { continue };
+                let forgotten = known.as_ref() != Some(&memory);
+                let mut told = self.windows().fleet.tidy(forgotten).await;
                 for (_, queue) in &self.0.tenants {
-                    queue.account.rest_if_idle().await;
+                    told = told && queue.account.tidy(forgotten).await;
+                }
+                if told {
+                    known = Some(memory);
                 }
             }
         };

@@ -34,7 +34,12 @@ if state[1] then
   changed, ahead, born, lost, previous, resting = unpack_doubles('<dddddd', state[1])
   -- Where Redis's clock has stepped, the account's goes on as that of the replica does; never back.
   local shows = now + ahead
-  if born == known then shows = min(max(shows, tonumber(ARGV[7])), tonumber(ARGV[8])) end
+  if born == known then
+    local least, most = tonumber(ARGV[7]), tonumber(ARGV[8])
+    -- As far as the replica can tell: it may be off by a burst.
+    if shows > most then shows, cold = most, true end
+    shows = max(shows, least)
+  end
   shows = max(shows, changed)
   if shows ~= now + ahead then ahead, write = shows - now, true end
   now = shows

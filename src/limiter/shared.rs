@@ -12,7 +12,7 @@ use std::{fmt::Write, time::Duration};
 use deadpool_redis::redis::{Script, cmd};
 
 use super::{
-    ledger::{ByPart, Memory, Told},
+    ledger::{ByPart, Memory, Report, Told},
     local::{Local, Pace},
 };
 use crate::{
@@ -70,8 +70,17 @@ pub(super) struct Reply {
     pub(super) pause: Duration,
     /// The state of its memory.
     pub(super) memory: Memory,
-    /// Of each window the calls used, and in how long the next one is due.
-    pub(super) windows: Vec<(u32, Duration)>,
+    pub(super) windows: Vec<Use>,
+}
+
+/// What Redis says of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Use {
+    pub(super) per: Duration,
+    /// Calls used, by all replicas.
+    pub(super) used: u32,
+    /// In how long the next one is due.
+    pub(super) due: Duration,
 }
 
 impl Shared {
@@ -80,7 +89,7 @@ impl Shared {
             redis,
             take: Script::new(include_str!("shared.lua")),
             rest: Script::new(include_str!("rest.lua")),
-            replica: format!("{:x}", (chance() * (1_u64 << 52) as f64) as u64),
+            replica: random_name(),
             #[cfg(test)]
             fault: Arc::default(),
         }
@@ -131,16 +140,36 @@ impl Shared {
         if windows.len() != demand.told.windows.len() || !rest.is_empty() {
             return Err(Unavailable);
         }
-        let window =
-            |[used, due]: &[u64; 2]| (u32::try_from(*used).unwrap_or(u32::MAX), Duration::from_micros(*due));
+        let of_window = |(report, [used, due]): (&Report, &[u64; 2])| Use {
+            per: report.window.per,
+            used: u32::try_from(*used).unwrap_or(u32::MAX),
+            due: Duration::from_micros(*due),
+        };
         Ok(Reply {
             forgot: forgot == 1,
             calls: u32::try_from(calls).unwrap_or(0),
             wait: Duration::from_micros(wait),
             pause: Duration::from_millis(pause),
             memory: Memory { born, lost, at, clock },
-            windows: windows.iter().map(window).collect(),
+            windows: demand.told.windows.iter().zip(windows).map(of_window).collect(),
         })
+    }
+
+    /// The name of Redis's memory: another one where it has lost everything since it was asked last.
+    pub(super) async fn memory(&self) -> Result<String, Unavailable> {
+        let new = random_name();
+        self.redis
+            .run(Operation::Quota, |mut link| async move {
+                let name = cmd("GET").arg(MEMORY_KEY).query_async::<Option<String>>(&mut link).await?;
+                if let Some(name) = name {
+                    return Ok(name);
+                }
+                let mut set = cmd("SET");
+                set.arg(MEMORY_KEY).arg(&new).arg("NX").arg("EX").arg(86_400);
+                set.query_async::<Option<String>>(&mut link).await?;
+                Ok(new)
+            })
+            .await
     }
 
     /// Lets an account go that nobody has used for as long as its `longest` window, after as long again. Whether it
@@ -188,6 +217,12 @@ fn by_part(calls: &ByPart) -> String {
     })
 }
 
+const MEMORY_KEY: &str = "relay:1:memory";
+
+fn random_name() -> String {
+    format!("{:x}", (chance() * (1_u64 << 52) as f64) as u64)
+}
+
 fn hash_key(account: &str) -> String {
     format!("relay:1:{{{account}}}:quota")
 }
@@ -202,11 +237,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        limiter::{
-            ledger::{Calls, Report},
-            local::nanos,
-            window::Window,
-        },
+        limiter::{ledger::Calls, local::nanos, window::Window},
         redis_server::RedisServer,
     };
 
@@ -330,10 +361,10 @@ pub(super) mod tests {
         assert_eq!(replica.take("day", 10, &day).await.calls, 0);
         pass(&server, "day", Duration::from_secs(14 * 3_600 + 900)).await;
         let reply = replica.take("day", 16, &day).await;
-        assert_eq!((reply.calls, reply.windows[0].0), (10, 100), "those of the first hour have left");
+        assert_eq!((reply.calls, reply.windows[0].used), (10, 100), "those of the first hour have left");
         pass(&server, "day", Duration::from_secs(40 * 3_600)).await;
         let reply = replica.take("day", 16, &day).await;
-        assert_eq!((reply.calls, reply.windows[0].0), (16, 16));
+        assert_eq!((reply.calls, reply.windows[0].used), (16, 16));
         let fields: Vec<String> = server.ask(&["HKEYS", &hash_key("day")]).await;
         assert!(fields.len() <= 3, "what has left the window is there still: {fields:?}");
     }
@@ -377,15 +408,15 @@ pub(super) mod tests {
             "a second begins anew after a second: {told_once:?}"
         );
         assert!(told_once.wait > SECOND * 9 / 10, "{told_once:?}");
-        assert_eq!(told_once.windows[1].0, 90);
+        assert_eq!(told_once.windows[1].used, 90);
         // Its answer was lost: it is told again, and counted once.
-        assert_eq!(one.ask("t", 8, 0.0, &told, SECOND / 5).await.windows[1].0, 90);
+        assert_eq!(one.ask("t", 8, 0.0, &told, SECOND / 5).await.windows[1].used, 90);
         // Another one has heard of the old memory, too, and was not there for the loss.
         let other = two.ask("t", 8, 0.0, &knows(&first), Duration::ZERO).await;
         assert!(other.forgot && other.memory.born == lost.memory.born);
         let mut told = knows(&other);
         told.windows[1].lost = vec![(1, 8)];
-        assert_eq!(two.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[1].0, 98);
+        assert_eq!(two.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[1].used, 98);
         pass(&server, "t", 2 * SECOND).await;
         assert_eq!(
             two.ask("t", 8, 0.0, &knows(&other), Duration::ZERO).await.calls,
@@ -411,7 +442,7 @@ pub(super) mod tests {
         assert!(back.forgot && back.memory.lost > 0 && back.memory.lost < later.memory.at, "{back:?}");
         let mut told = knows(back.memory);
         told.windows[0].lost = vec![(0, 10)];
-        assert_eq!(replica.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[0].0, 20);
+        assert_eq!(replica.ask("t", 0, 0.0, &told, Duration::ZERO).await.windows[0].used, 20);
     }
 
     #[tokio::test]
@@ -426,11 +457,11 @@ pub(super) mod tests {
             told
         };
         replica.take("t", 1, &quota).await;
-        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].0, 31);
-        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].0, 31);
-        assert_eq!(replica.ask("t", 0, 0.0, &told(35, 35), Duration::ZERO).await.windows[1].0, 36);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].used, 31);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(30, 30), Duration::ZERO).await.windows[1].used, 31);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(35, 35), Duration::ZERO).await.windows[1].used, 36);
         // Most of them are over: a replica that was without Redis for days.
-        assert_eq!(replica.ask("t", 0, 0.0, &told(1_000, 4), Duration::ZERO).await.windows[1].0, 40);
+        assert_eq!(replica.ask("t", 0, 0.0, &told(1_000, 4), Duration::ZERO).await.windows[1].used, 40);
         // Who has been without Redis does not begin with a burst: others may be at it as well.
         pass(&server, "t", 10 * SECOND).await;
         assert_eq!(replica.ask("t", 8, 0.0, &told(1_000, 0), Duration::ZERO).await.calls, 0);
@@ -476,7 +507,7 @@ pub(super) mod tests {
         let server = RedisServer::start().await;
         let quota = windows("10/s,5000/d");
         let reply = Replica::of(&server).take("t", 0, &quota).await;
-        assert_eq!((reply.calls, reply.windows[1].0), (0, 0));
+        assert_eq!((reply.calls, reply.windows[1].used), (0, 0));
         assert_eq!(server.ask::<i64>(&["DBSIZE"]).await, 0);
     }
 
