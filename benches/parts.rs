@@ -19,12 +19,14 @@ use cyberscan_relay::{
     clock::Clock,
     ctim::{DomainName, Observable, Subject, sighting::Tlp},
     cyberscan::{
-        Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Preload, Priority, Record, Vulnerabilities,
-        Wanted,
+        Admission as _, Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Preload, Priority, Record,
+        Vulnerabilities, Wanted, latency::Latencies,
     },
     egress::{self, Http},
     enrich::{self, Enricher},
+    limiter::{self, Limiter},
     metrics::Metrics,
+    redis_pool::{self, Mode, Redis},
     sandbox::{Options, Sandbox},
     tenant::{ApiKey, Tenant},
 };
@@ -46,7 +48,7 @@ const POLICY: Policy = Policy {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(30).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_secs(1));
-    targets = freshness, tokens, look_ups, sightings
+    targets = freshness, tokens, look_ups, permits, sightings
 }
 criterion_main!(benches);
 
@@ -208,6 +210,65 @@ fn look_ups(c: &mut Criterion) {
             }
             started.elapsed()
         });
+    });
+}
+
+/// What leave for one call costs: of governor's buckets and the ledger alone, of Redis as well, and while Redis is away.
+fn permits(c: &mut Criterion) {
+    let runtime = runtime();
+    let directory = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut server = std::process::Command::new("redis-server")
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--loglevel", "warning"])
+        .current_dir(directory.path())
+        .spawn()
+        .expect("this bench needs redis-server: apt-get install redis-server");
+    let call = Call::new(tenant(), tokio::time::Instant::now() + HOUR, Priority::Interactive);
+    let limiter = |redis: Option<Redis>| {
+        let windows = |text: &str| text.split(',').map(|window| window.parse().unwrap()).collect();
+        let config = limiter::Config {
+            tenant: windows("1000000000/s,1000000000/d"),
+            tenants: std::collections::BTreeMap::new(),
+            fleet: Vec::new(),
+            burst: 0.5,
+            dry_run: false,
+            fallback_share: 0.9,
+            reserve: 0.5,
+            queue: 256,
+            concurrency: 16,
+        };
+        Limiter::new(config, redis, Latencies::default(), Metrics::new(), TaskTracker::new())
+    };
+    let redis = || {
+        let config = redis_pool::Config {
+            urls: vec![format!("redis://127.0.0.1:{port}").parse().unwrap()],
+            mode: Mode::Single,
+            master_name: String::new(),
+            timeout: Duration::from_secs(1),
+        };
+        Some(Redis::new(&config, Metrics::new(), TaskTracker::new()).unwrap())
+    };
+    let alone = limiter(None);
+    c.bench_function("limiter: a permit, no redis", |b| {
+        b.to_async(&runtime).iter(async || drop(alone.admit(&call).await.unwrap()));
+    });
+    let shared = limiter(redis());
+    let started = now();
+    while runtime.block_on(shared.admit(&call)).is_err() {
+        assert!(started.elapsed() < Duration::from_secs(10), "redis-server does not answer");
+    }
+    c.bench_function("limiter: a permit, with redis", |b| {
+        b.to_async(&runtime).iter(async || drop(shared.admit(&call).await.unwrap()));
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    // Until the breaker is open, and the first second without calls is over.
+    let started = now();
+    while started.elapsed() < Duration::from_secs(2) {
+        let _ = runtime.block_on(shared.admit(&call));
+    }
+    c.bench_function("limiter: a permit, redis away", |b| {
+        b.to_async(&runtime).iter(async || drop(shared.admit(&call).await.unwrap()));
     });
 }
 

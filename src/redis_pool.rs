@@ -621,12 +621,17 @@ impl ConnectionLike for Link {
 impl Redis {
     /// A connection to a test's own server, with time enough for a busy machine.
     pub(crate) fn to(url: &str) -> Self {
-        let config = Config {
-            urls: vec![url.parse().unwrap()],
-            mode: Mode::Single,
-            master_name: String::new(),
-            timeout: CONNECT,
-        };
+        Self::of_mode(Mode::Single, &[url.to_owned()])
+    }
+
+    /// To a test's own cluster.
+    pub(crate) fn to_cluster(urls: &[String]) -> Self {
+        Self::of_mode(Mode::Cluster, urls)
+    }
+
+    fn of_mode(mode: Mode, urls: &[String]) -> Self {
+        let urls = urls.iter().map(|url| url.parse().unwrap()).collect();
+        let config = Config { urls, mode, master_name: String::new(), timeout: CONNECT };
         Self::new(&config, Metrics::new(), TaskTracker::new()).unwrap()
     }
 }

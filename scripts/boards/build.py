@@ -583,20 +583,25 @@ def overview():
     board.series(
         "Quotas used",
         "Share of each quota's window that is used: of the fleet, and of the tenant nearest its limit. Windows that are not configured stay at 0. "
-        "A window that is new grows from a hundredth of its quota, so calls may be refused while little of it is used.",
+        "A window is as long as it says and ends now: nothing begins anew at midnight.",
         "percentunit",
         [target(f"max by (scope, window) ({select('relay_limiter_used_ratio')})", "{{scope}}, per {{window}}")],
         soft_high=1, thresholds=steps((None, "transparent"), (0.9, RED)),
     )
     board.series(
         "Calls refused by quotas",
-        "Calls that found no room in time. Those somebody waits for become “too many requests”; prefetching just leaves it.",
+        "Calls that found no room in time. Those somebody waits for become “too many requests”; prefetching just leaves it. With limiter.dry_run "
+        "none is refused: shown is what would have been.",
         "cps",
         [
             target(
                 total("relay_limiter_decisions_total", 'outcome="refused"', by="scope, priority"),
                 "{{priority}}, {{scope}} quota",
-            )
+            ),
+            target(
+                total("relay_limiter_dry_run_total", by="scope, priority, outcome"),
+                "dry run: {{priority}}, {{scope}} quota, {{outcome}}",
+            ),
         ],
     )
 

@@ -627,8 +627,9 @@ fn eviction(about: &str, policy: &str, most: u64) -> Finding {
 
 async fn persistence(about: &str, info: &InfoDict, link: &mut Link, settings: &Settings) -> Finding {
     let check = Check::RedisPersistence;
-    let quotas = settings.limiter.tenant.iter().chain(&settings.limiter.fleet);
-    if !quotas.clone().any(|window| window.per >= LONG) {
+    let limiter = &settings.limiter;
+    let mut quotas = limiter.tenant.iter().chain(&limiter.fleet).chain(limiter.tenants.values().flatten());
+    if !quotas.any(|window| window.per >= LONG) {
         return Finding::ok(check, about, "not needed: no quota of a day or longer is set");
     }
     if info.get::<u8>("aof_enabled") == Some(1) {
@@ -638,7 +639,7 @@ async fn persistence(about: &str, info: &InfoDict, link: &mut Link, settings: &S
         Ok(save) => save.get(1).map(|save| !save.trim().is_empty()),
         Err(_) => None,
     };
-    let advice = "set appendonly yes in Redis, or limiter.tenant and limiter.fleet to shorter windows";
+    let advice = "set appendonly yes in Redis, or shorter windows in limiter.tenant, limiter.tenants and limiter.fleet";
     match snapshots {
         Some(true) => Finding::ok(check, about, "snapshots; a restart forgets the calls since the last one"),
         Some(false) => Finding::bad(

@@ -10,15 +10,15 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
+    bucket::{Pace, nanos},
     ledger::Ledger,
-    local::{Local, Pace, Taken, nanos},
-    quota::Grant,
+    local::Local,
+    reservation::Reservation,
     shared::{Demand, Reply, Shared, ahead},
     window::Window,
 };
 use crate::{
     cyberscan::{Priority, QuotaUse},
-    metrics::QuotaScope,
     redis_pool::Unavailable,
 };
 
@@ -37,31 +37,22 @@ pub(super) struct Terms {
 pub(super) struct Account {
     name: Arc<str>,
     state: Mutex<State>,
-    shared: Option<Shared>,
+    pub(super) shared: Option<Shared>,
     started: Instant,
     /// Time that a test lets pass.
     #[cfg(test)]
     skew: std::sync::atomic::AtomicU64,
 }
 
-struct State {
+pub(super) struct State {
     windows: Vec<Window>,
-    terms: Terms,
-    local: Local,
+    pub(super) terms: Terms,
+    pub(super) local: Local,
     /// Buckets of this replica's share, for when Redis is away.
-    share: Local,
-    ledger: Ledger,
+    pub(super) share: Local,
+    pub(super) ledger: Ledger,
     /// When calls were last granted, and whether Redis knows that the account is at rest since.
-    last: Option<u64>,
-}
-
-/// Calls of which this replica's gates have nothing against; given back when dropped.
-pub(super) struct Begun<'a> {
-    account: &'a Account,
-    taken: Taken,
-    begun: u32,
-    wait: Duration,
-    priority: Priority,
+    pub(super) last: Option<u64>,
 }
 
 /// How often Redis is asked again for the same calls, where it had lost its memory.
@@ -121,7 +112,7 @@ impl Account {
     }
 
     /// Takes as many of `calls` as this replica's buckets and its own calls allow.
-    pub(super) fn begin(&self, calls: u32, priority: Priority) -> Begun<'_> {
+    pub(super) fn begin(&self, calls: u32, priority: Priority) -> Reservation<'_> {
         let now = self.now();
         let mut state = self.state();
         let reserve = match priority {
@@ -132,7 +123,7 @@ impl Account {
         let taken = state.local.take(now, calls.min(free), reserve);
         state.ledger.begin(now, taken.calls);
         let wait = wait.max(taken.wait);
-        Begun { account: self, begun: taken.calls, taken, wait, priority }
+        Reservation { account: self, begun: taken.calls, taken, wait, priority }
     }
 
     /// In how long at best there is a call for who has `ahead` others before them.
@@ -216,7 +207,7 @@ impl Account {
     }
 
     /// Asks Redis for so many calls, and tells it what it does not know.
-    async fn ask(&self, calls: u32, priority: Priority) -> Result<Reply, Unavailable> {
+    pub(super) async fn ask(&self, calls: u32, priority: Priority) -> Result<Reply, Unavailable> {
         let Some(shared) = &self.shared else { return Err(Unavailable) };
         for _ in 0..TRIES {
             let (told, ahead, terms) = {
@@ -245,7 +236,7 @@ impl Account {
     }
 
     /// Nanoseconds on the limiter's clock. A year ahead, so that the longest window does not begin before nought.
-    fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> u64 {
         let now = nanos(self.started.elapsed() + Duration::from_secs(366 * 86_400));
         #[cfg(test)]
         let now = now + self.skew.load(std::sync::atomic::Ordering::Relaxed);
@@ -253,98 +244,8 @@ impl Account {
     }
 
     /// Held for some arithmetic; nothing in between can panic, so poison is ignored.
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Begun<'_> {
-    /// How many they are.
-    pub(super) fn calls(&self) -> u32 {
-        self.taken.calls
-    }
-
-    /// In how long there is one, where there are fewer than were wanted.
-    pub(super) fn wait(&self) -> Duration {
-        self.wait
-    }
-
-    /// Gives all but `calls` back.
-    pub(super) fn keep(&mut self, calls: u32) {
-        let mut state = self.account.state();
-        state.local.give_back(&mut self.taken, calls);
-        let keep = self.begun.min(calls);
-        state.ledger.give_back(self.begun - keep);
-        self.begun = keep;
-    }
-
-    /// Has the next gate decide: those that may be made.
-    pub(super) async fn settle(self) -> Grant {
-        self.settle_with_pause().await.0
-    }
-
-    /// As [`Begun::settle`], with the pause Redis knows of.
-    pub(super) async fn settle_with_pause(mut self) -> (Grant, Option<Duration>) {
-        let account = self.account;
-        let wanted = self.taken.calls;
-        if wanted == 0 {
-            return (self.made(0, self.wait), None);
-        }
-        if account.shared.is_none() || !account.counts() {
-            return (self.made(wanted, self.wait), None);
-        }
-        match account.ask(wanted, self.priority).await {
-            Ok(reply) => {
-                let calls = reply.calls.min(wanted);
-                // Who was given all that the gates here had waits for these.
-                let wait = if calls == wanted { reply.wait.max(self.wait) } else { reply.wait };
-                let grant = self.made(calls, wait);
-                let (now, state) = (account.now(), account.state());
-                reply.windows.iter().for_each(|window| state.local.keep_up(now, window.per, window.due));
-                (grant, (!reply.pause.is_zero()).then_some(reply.pause))
-            }
-            Err(Unavailable) => {
-                let (calls, wait) = self.alone(wanted);
-                (self.made(calls, wait), None)
-            }
-        }
-    }
-
-    /// Redis is away: of `wanted` those that this replica's share has. Prefetching can wait until the fleet counts
-    /// together again.
-    fn alone(&self, wanted: u32) -> (u32, Duration) {
-        self.account.lose_redis();
-        let now = self.account.now();
-        let mut state = self.account.state();
-        let share = state.terms.fallback_share;
-        let (free, wait) = state.ledger.free_alone(now, share);
-        if self.priority == Priority::Prefetch {
-            return (0, wait);
-        }
-        let taken = state.share.take(now, wanted.min(free), None);
-        state.ledger.made_alone(now, taken.calls);
-        let wait = if taken.calls == wanted { self.wait } else { wait.max(taken.wait) };
-        (taken.calls, wait)
-    }
-
-    /// Of the calls begun so many are made.
-    fn made(&mut self, calls: u32, wait: Duration) -> Grant {
-        let mut state = self.account.state();
-        state.local.give_back(&mut self.taken, calls);
-        state.ledger.end(self.begun, calls);
-        if calls > 0 {
-            state.last = Some(self.account.now());
-        }
-        (self.begun, self.taken.calls) = (0, 0);
-        Grant { calls, wait, scope: QuotaScope::Tenant, paused: false, epoch: state.ledger.epoch() }
-    }
-}
-
-impl Drop for Begun<'_> {
-    fn drop(&mut self) {
-        if self.begun > 0 {
-            self.made(0, Duration::ZERO);
-        }
     }
 }
 

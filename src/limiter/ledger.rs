@@ -7,166 +7,17 @@
 //! was granted before Redis lost its memory, or a part of it: Redis notes who has told it that, too. It is also
 //! told how far its clock must have come, so that a step of that clock ends no window early and none late.
 
-use std::{collections::VecDeque, time::Duration};
+use std::time::Duration;
 
 use super::{
-    local::{LONGEST_SPACED, nanos},
+    bucket::{LONGEST_SPACED, nanos},
+    calls::Calls,
+    report::{Heard, Memory, Report, Told},
     window::Window,
 };
 
-/// Parts a window is divided into. The part that is just leaving counts in full, so a window is up to one part
-/// longer than it says: never a call too many, at most one in a hundred too few.
-pub(super) const PARTS: u64 = 100;
 /// Redis was away for so long that others will have made calls without it, too.
 const AWAY: Duration = Duration::from_secs(1);
-/// One part in so many may two machines' clocks be apart.
-const DRIFT: u64 = 1_000;
-/// For so long, in microseconds, a demand may be under way before Redis's clock is taken to have stepped.
-const SLACK: u64 = 100_000;
-
-/// The calls of the last [`Window::per`], by part. Times are nanoseconds on any clock that does not step back.
-#[derive(Clone, Debug)]
-pub(super) struct Calls {
-    part: u64,
-    /// Number of the part and calls in it, oldest first.
-    parts: VecDeque<(u64, u32)>,
-    sum: u32,
-}
-
-/// How many parts ago, and how many calls; newest first.
-pub(super) type ByPart = Vec<(u64, u32)>;
-
-impl Calls {
-    pub(super) fn new(per: Duration) -> Self {
-        Self { part: (nanos(per) / PARTS).max(1), parts: VecDeque::new(), sum: 0 }
-    }
-
-    fn forget(&mut self, now: u64) {
-        let oldest = (now / self.part).saturating_sub(PARTS);
-        while let Some((number, calls)) = self.parts.front().copied()
-            && number < oldest
-        {
-            self.parts.pop_front();
-            self.sum -= calls;
-        }
-    }
-
-    /// Calls made in the window that ends now.
-    pub(super) fn made(&mut self, now: u64) -> u32 {
-        self.forget(now);
-        self.sum
-    }
-
-    pub(super) fn add(&mut self, now: u64, calls: u32) {
-        if calls == 0 {
-            return;
-        }
-        let number = now / self.part;
-        match self.parts.back_mut() {
-            Some((last, noted)) if *last >= number => *noted += calls,
-            _ => self.parts.push_back((number, calls)),
-        }
-        self.sum += calls;
-    }
-
-    /// Takes the newest `calls` out again: they were not made.
-    pub(super) fn take_back(&mut self, mut calls: u32) {
-        while calls > 0
-            && let Some((_, noted)) = self.parts.back_mut()
-        {
-            let these = calls.min(*noted);
-            *noted -= these;
-            self.sum -= these;
-            calls -= these;
-            if *noted == 0 {
-                self.parts.pop_back();
-            }
-        }
-    }
-
-    /// In how long the oldest of the calls leaves the window.
-    pub(super) fn leaves(&self, now: u64) -> Duration {
-        let leaves = self.parts.front().map_or(0, |(number, _)| (number + PARTS + 1) * self.part);
-        Duration::from_nanos(leaves.saturating_sub(now))
-    }
-
-    /// The calls by part, newest first.
-    fn by_part(&mut self, now: u64) -> ByPart {
-        self.forget(now);
-        let number = now / self.part;
-        let parts = self.parts.iter().rev();
-        parts.map(|(part, calls)| (number.saturating_sub(*part), *calls)).collect()
-    }
-}
-
-/// What goes to Redis with a demand for calls.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Told {
-    /// When that was, on the clock of this replica.
-    pub(super) at: u64,
-    /// The state of Redis's memory as last heard, if that matters still.
-    pub(super) memory: Option<Memory>,
-    /// What Redis's clock must show by now, at least and at most.
-    pub(super) clock: Option<(u64, u64)>,
-    /// Redis was away: calls may have been made that it does not know.
-    pub(super) away: bool,
-    /// Of each window what there is to report.
-    pub(super) windows: Vec<Report>,
-}
-
-/// Calls of a window that Redis may not know of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Report {
-    pub(super) window: Window,
-    /// All that were ever made while Redis was away, if it may not know of them.
-    pub(super) ever_alone: u64,
-    /// Those of them that are in the window still.
-    pub(super) alone: ByPart,
-    /// Those Redis had granted before it lost its memory.
-    pub(super) lost: ByPart,
-}
-
-impl Report {
-    pub(super) fn nothing(window: Window) -> Self {
-        Self { window, ever_alone: 0, alone: Vec::new(), lost: Vec::new() }
-    }
-}
-
-/// The state of an account's memory in Redis, in its own time: microseconds that do not step back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Memory {
-    /// When it came into being, or last lost something.
-    pub(super) born: u64,
-    /// From when on it lost what had been told before it was born; nought if everything.
-    pub(super) lost: u64,
-    /// When it last changed.
-    pub(super) at: u64,
-    /// What its clock shows.
-    pub(super) clock: u64,
-}
-
-/// What was last heard of Redis's memory.
-#[derive(Clone, Copy)]
-struct Heard {
-    memory: Memory,
-    /// When that state was first heard of.
-    changed: u64,
-    /// When Redis was asked what its clock shows, and when it answered.
-    asked: u64,
-    answered: u64,
-}
-
-impl Heard {
-    /// What the clock must show at `now`, at least and at most: as much later as this replica's own clock says, give
-    /// or take what clocks are apart and what a demand is under way.
-    fn clock(&self, now: u64) -> (u64, u64) {
-        let (least, most) = (now.saturating_sub(self.answered), now.saturating_sub(self.asked));
-        let least = self.memory.clock + (least - least / DRIFT) / 1_000;
-        let most = self.memory.clock + (most + most / DRIFT) / 1_000;
-        (least.saturating_sub(SLACK), most + SLACK)
-    }
-}
-
 /// One window of an account.
 struct Line {
     window: Window,

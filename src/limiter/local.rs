@@ -1,232 +1,12 @@
-//! This replica's token buckets, kept by governor: the first gate of every call, with Redis, without it and
-//! while it is away. It owns how calls are spaced; it must not know Redis, nor who waits.
-//!
-//! A window of up to a minute has a bucket that is refilled evenly. governor decides; what it remembers is
-//! ours ([`Memory`]), for two reasons: a call that another gate refuses is put back, and a burst has to be
-//! earned. A plain bucket lets a burst through *and then* the whole rate, almost twice a window's calls in
-//! one window. Here only rest just before it allows a burst, and the calls after it wait until it has been
-//! paid for. So no span of a window's length ever has more calls than the window says:
-//!
-//! Each call moves the bucket's time forward by one interval, from now at least. The last of `n` calls in a
-//! span found that time at most `late` ahead of now, or it was part of a burst, which is no longer than the
-//! rest before it. Either way `(n - 1) * interval < per + late`, and the interval is chosen such that
-//! `n` is at most the limit, even if the last call is `SPREAD` late on its way.
+//! This replica's token buckets: the first gate of every call, with Redis, without it and while it is away. It owns
+//! that a call is taken from all of them or from none; it must not know Redis, nor who waits.
 
-use std::{
-    num::NonZeroU32,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+use std::time::Duration;
+
+use super::{
+    bucket::{Bucket, Level, Pace},
+    window::Window,
 };
-
-use governor::{
-    Quota, RateLimiter,
-    clock::Clock,
-    middleware::NoOpMiddleware,
-    nanos::Nanos,
-    state::{NotKeyed, StateStore},
-};
-
-use super::window::Window;
-
-/// The longest window whose calls are spaced. Of a longer one all may be made at once.
-pub(super) const LONGEST_SPACED: Duration = Duration::from_secs(60);
-/// How much later than it could a call may come without being lost, as a share of the window and at most.
-const LATE: (u64, u64) = (100, 20_000_000);
-/// How differently long calls may take from here to CyberScan, in the same way.
-const SPREAD: (u64, u64) = (71, 50_000_000);
-/// The most calls at once, whatever the window.
-const MOST_AT_ONCE: u32 = 1_000_000;
-
-/// How the calls of a window are spaced. Times are nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pace {
-    /// From one call to the next.
-    pub(super) interval: u64,
-    /// Calls at once, after rest.
-    pub(super) burst: u32,
-    /// How much earlier than an interval after the last a call may come, if those before it came late.
-    pub(super) late: u64,
-    /// How much later than the others a call may arrive without there being too many in a window.
-    pub(super) spread: u64,
-    /// governor counts a call as so many cells, so that its tolerance need not be whole calls.
-    cells: u32,
-}
-
-impl Pace {
-    /// Of `window`, if its calls are spaced, with bursts of that share of its limit.
-    pub(super) fn of(window: Window, burst: f64) -> Option<Self> {
-        if window.per > LONGEST_SPACED {
-            return None;
-        }
-        let (per, limit) = (nanos(window.per), window.limit.get());
-        let part = |(share, most): (u64, u64)| (per / share).min(most);
-        let interval = (per + part(LATE) + part(SPREAD)).div_ceil(u64::from(limit)).max(1_000);
-        // A cell is a whole microsecond's part of an interval at most, and an interval whole cells: Redis, whose
-        // numbers have 53 bits, counts the same.
-        let cells = (interval / 1_000).min(1_000);
-        let cell = interval.div_ceil(cells);
-        Some(Self {
-            interval: cell * cells,
-            burst: ((f64::from(limit) * burst) as u32).clamp(1, limit.min(MOST_AT_ONCE)),
-            late: part(LATE) / cell * cell,
-            spread: part(SPREAD),
-            cells: u32::try_from(cells).unwrap_or(1),
-        })
-    }
-
-    fn cell(self) -> u64 {
-        self.interval / u64::from(self.cells)
-    }
-}
-
-/// The bucket of one window.
-pub(super) struct Bucket {
-    pace: Pace,
-    governor: RateLimiter<NotKeyed, Memory, Memory, NoOpMiddleware<Nanos>>,
-    memory: Memory,
-}
-
-/// What a bucket remembers, governor's state and clock at once. It is behind the lock of whoever owns the
-/// bucket; that governor wants to share it is why it is made of atomics.
-#[derive(Clone)]
-struct Memory {
-    pace: Pace,
-    slots: Arc<Slots>,
-}
-
-struct Slots {
-    /// The time it is decided for, nanoseconds.
-    now: AtomicU64,
-    /// When the next call would be due if none came early: governor's theoretical arrival time.
-    due: AtomicU64,
-    /// Calls that may come before they are due: what is left of a burst.
-    earned: AtomicU32,
-}
-
-/// A bucket as it was, to be put back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Level {
-    due: u64,
-    earned: u32,
-}
-
-/// Nobody has called yet.
-const NEVER: u64 = u64::MAX;
-
-impl Memory {
-    fn level(&self) -> Level {
-        Level { due: self.slots.due.load(Relaxed), earned: self.slots.earned.load(Relaxed) }
-    }
-
-    fn set(&self, level: Level) {
-        self.slots.due.store(level.due, Relaxed);
-        self.slots.earned.store(level.earned, Relaxed);
-    }
-
-    /// Calls that rest until `now` has earned, beside the one that is due.
-    fn earned(&self, level: Level, now: u64) -> u32 {
-        let most = self.pace.burst - 1;
-        match level.due {
-            NEVER => most,
-            due if due <= now => u32::try_from((now - due) / self.pace.interval).unwrap_or(most).min(most),
-            _ => level.earned,
-        }
-    }
-}
-
-impl Clock for Memory {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        self.slots.now.load(Relaxed).into()
-    }
-}
-
-impl StateStore for Memory {
-    type Key = NotKeyed;
-
-    fn measure_and_replace<T, F, E>(&self, _: &NotKeyed, decide: F) -> Result<T, E>
-    where
-        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
-    {
-        let (now, level) = (self.slots.now.load(Relaxed), self.level());
-        let earned = self.earned(level, now);
-        let early = level.due != NEVER && level.due > now;
-        let shown = match level.due {
-            NEVER => None,
-            // governor would allow a burst at any time; without rest there is none.
-            due if early && earned == 0 => Some(due + u64::from(self.pace.burst - 1) * self.pace.interval),
-            due => Some(due),
-        };
-        let (outcome, due) = decide(shown.map(Nanos::from))?;
-        // What was shown later than it is was allowed for coming late only, and is no later for it.
-        let hidden = shown.zip(Some(level.due)).map_or(0, |(shown, due)| shown - due);
-        let due = due.as_u64() - hidden;
-        self.set(Level { due, earned: if early { earned.saturating_sub(1) } else { earned } });
-        Ok(outcome)
-    }
-}
-
-impl Bucket {
-    /// A full one.
-    pub(super) fn full(pace: Pace) -> Self {
-        let slots = Slots {
-            now: AtomicU64::new(0),
-            due: AtomicU64::new(NEVER),
-            earned: AtomicU32::new(pace.burst - 1),
-        };
-        let memory = Memory { pace, slots: Arc::new(slots) };
-        let late = u32::try_from(pace.late / pace.cell()).unwrap_or(u32::MAX);
-        let cells = pace.cells.saturating_mul(pace.burst).saturating_add(late);
-        let cell = Duration::from_nanos(pace.cell());
-        let quota = Quota::with_period(cell).expect("a cell takes some time");
-        let quota = quota.allow_burst(NonZeroU32::new(cells).unwrap_or(NonZeroU32::MIN));
-        let governor = RateLimiter::new(quota, memory.clone(), memory.clone());
-        Self { pace, governor, memory }
-    }
-
-    /// Takes a call at `now`, or says in how long there is one.
-    pub(super) fn take(&self, now: u64) -> Result<(), Duration> {
-        self.memory.slots.now.store(now, Relaxed);
-        let cells = NonZeroU32::new(self.pace.cells).unwrap_or(NonZeroU32::MIN);
-        match self.governor.check_n(cells) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(not_until)) => {
-                Err(not_until.wait_time_from(Nanos::from(now)).max(Duration::from_nanos(1)))
-            }
-            Err(_) => Err(Duration::from_nanos(self.pace.interval)),
-        }
-    }
-
-    /// How many calls nobody waits for may be taken at `now`, such that `reserve` of the rate, and of a burst,
-    /// is left to those who do.
-    fn open_to_prefetch(&self, now: u64, reserve: f64) -> u32 {
-        let level = self.memory.level();
-        let of_burst = (f64::from(self.pace.burst) * reserve).ceil() as u32;
-        let earned = self.memory.earned(level, now).saturating_sub(of_burst);
-        // After each the bucket rests for so much longer that the rest of the rate is free.
-        let rest = self.pace.interval as f64 * reserve / (1.0 - reserve).max(f64::MIN_POSITIVE);
-        match level.due {
-            NEVER if reserve < 1.0 => 1 + earned,
-            due if due != NEVER && (now as f64) >= due as f64 + rest => 1 + earned,
-            due if due > now && due != NEVER => earned,
-            _ => 0,
-        }
-    }
-
-    /// No call for `pause`, and no burst until there has been rest.
-    pub(super) fn hold(&self, now: u64, pause: Duration) {
-        let until = now.saturating_add(nanos(pause));
-        let due = match self.memory.level().due {
-            NEVER => until,
-            due => due.max(until),
-        };
-        self.memory.set(Level { due, earned: 0 });
-    }
-}
 
 /// The buckets of an account's windows.
 #[derive(Default)]
@@ -249,8 +29,7 @@ impl Local {
         let bucket = |window: &Window| {
             let bucket = Bucket::full(Pace::of(*window, burst)?);
             if let Some((_, old)) = before.0.iter().find(|(per, _)| *per == window.per) {
-                let level = old.memory.level();
-                bucket.memory.set(Level { due: level.due, earned: level.earned.min(bucket.pace.burst - 1) });
+                bucket.go_on(old);
             }
             Some((window.per, bucket))
         };
@@ -265,7 +44,7 @@ impl Local {
         let open = self.0.iter().map(open).min().unwrap_or(u32::MAX);
         let mut taken = Taken::default();
         if open < calls {
-            let intervals = self.0.iter().map(|(_, bucket)| bucket.pace.interval);
+            let intervals = self.0.iter().map(|(_, bucket)| bucket.interval());
             taken.wait = Duration::from_nanos(intervals.max().unwrap_or_default());
         }
         while taken.calls < calls.min(open) {
@@ -309,51 +88,40 @@ impl Local {
     /// In how long every bucket has a call for who has `ahead` others before them.
     pub(super) fn at_best(&self, now: u64, ahead: usize) -> Duration {
         let calls = u64::try_from(ahead).unwrap_or(u64::MAX);
-        let wait = |(_, bucket): &(_, Bucket)| {
-            let level = bucket.memory.level();
-            let lead = if level.due == NEVER { 0 } else { level.due.saturating_sub(now) };
-            let at_once = u64::from(bucket.memory.earned(level, now)) + u64::from(lead == 0);
-            if calls < at_once { 0 } else { lead.saturating_add(calls.saturating_mul(bucket.pace.interval)) }
-        };
-        Duration::from_nanos(self.0.iter().map(wait).max().unwrap_or_default())
+        let wait = self.0.iter().map(|(_, bucket)| bucket.at_best(now, calls)).max();
+        Duration::from_nanos(wait.unwrap_or_default())
     }
 
     /// How far the bucket of the window of length `per` is ahead of now: in how long the next call is due.
     pub(super) fn ahead(&self, now: u64, per: Duration) -> Duration {
-        let bucket = self.0.iter().find(|(of, _)| *of == per);
-        let due = bucket.map(|(_, bucket)| bucket.memory.level().due).filter(|due| *due != NEVER);
-        Duration::from_nanos(due.unwrap_or_default().saturating_sub(now))
+        Duration::from_nanos(self.of(per).map(|bucket| bucket.ahead(now)).unwrap_or_default())
     }
 
     /// Another gate is so far ahead in the window of length `per`: here the next call is due no earlier.
     pub(super) fn keep_up(&self, now: u64, per: Duration, ahead: Duration) {
-        if let Some((_, bucket)) = self.0.iter().find(|(of, _)| *of == per) {
-            let (level, due) = (bucket.memory.level(), now.saturating_add(nanos(ahead)));
-            if level.due != NEVER && level.due < due && !ahead.is_zero() {
-                bucket.memory.set(Level { due, ..level });
-            }
+        if let Some(bucket) = self.of(per) {
+            bucket.keep_up(now, ahead);
         }
     }
 
+    fn of(&self, per: Duration) -> Option<&Bucket> {
+        self.0.iter().find(|(of, _)| *of == per).map(|(_, bucket)| bucket)
+    }
+
     fn levels(&self) -> Vec<Level> {
-        self.0.iter().map(|(_, bucket)| bucket.memory.level()).collect()
+        self.0.iter().map(|(_, bucket)| bucket.level()).collect()
     }
 
     fn set(&self, levels: &[Level]) {
         for ((_, bucket), level) in self.0.iter().zip(levels) {
-            bucket.memory.set(*level);
+            bucket.set(*level);
         }
     }
 }
 
-/// Nanoseconds.
-pub(super) fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::bucket::nanos, *};
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;

@@ -4,27 +4,36 @@
 //! Every request to CyberScan, token calls and repetitions too, takes a permit here first. What happens to a call
 //! that waits, from room to room:
 //!
-//! - `queue`: it stands in its tenant's queue until it is its turn, or refused when it could not be answered in time.
+//! - `queue`, `line`: it stands in its tenant's line until it is its turn, or refused when it could not be answered in time.
 //! - `quota`: for who is first, a tenant's windows and the fleet's are asked.
 //! - `pause`: not while CyberScan, with a 429, has asked to be left alone.
 //! - `account`: the windows of a tenant, or of the fleet. Of these, in this order:
-//!   - `local`: this replica's token buckets (governor) space calls; what they refuse goes no further;
-//!   - `ledger`: what this replica knows of calls made, by itself and by others;
-//!   - `shared`: Redis counts for all replicas. While it is away each keeps to a share.
+//!   - `local`, of a `bucket` for each window: this replica's token buckets (governor) space calls; what they refuse goes no
+//!     further;
+//!   - `ledger`, of `calls` by part: what this replica knows of calls made, by itself and by others;
+//!   - `shared`: Redis counts for all replicas, and is told in a `report` what it does not know. While it is away each
+//!     replica keeps to a share.
+//!
+//! Until all gates have agreed the calls are a `reservation`.
 
 mod account;
+mod bucket;
+mod calls;
+mod config;
 mod ledger;
+mod line;
 mod local;
 mod pause;
 mod queue;
 mod quota;
+mod report;
+mod reservation;
 mod shared;
 #[cfg(test)]
 mod tests;
 pub mod window;
 
 use std::{
-    collections::BTreeMap,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -35,15 +44,16 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
-pub use self::queue::Permit;
 use self::{
-    account::{Account, Terms},
+    account::Account,
+    line::{Queue, Refused},
     pause::Pauses,
-    queue::{Queue, Queues, Refused},
+    queue::Queues,
     quota::{Quota as _, Windows},
     shared::Shared,
     window::Window,
 };
+pub use self::{config::Config, line::Permit};
 use crate::{
     cyberscan::{Admission, Call, Error, Pace, Priority, QuotaUse, Quotas, latency::Latencies},
     live::Live,
@@ -51,45 +61,6 @@ use crate::{
     redis_pool::Redis,
     tenant::{Tenant, TenantId},
 };
-
-/// Settings `limiter.*`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Config {
-    /// `limiter.tenant`: quotas of each tenant.
-    pub tenant: Vec<Window>,
-    /// `limiter.tenants`: quotas of single tenants in their place, by the tenant's name in logs.
-    pub tenants: BTreeMap<String, Vec<Window>>,
-    /// `limiter.fleet`: quotas of all tenants together.
-    pub fleet: Vec<Window>,
-    /// `limiter.burst`: the share of a window of up to a minute that may be called at once, after rest.
-    pub burst: f64,
-    /// `limiter.dry_run`: quotas refuse nothing; what they would have refused is counted.
-    pub dry_run: bool,
-    /// `limiter.fallback_share`: the share of a quota that each replica keeps to while Redis is away.
-    pub fallback_share: f64,
-    /// `limiter.reserve`: the share of a quota that prefetching leaves to interactive calls.
-    pub reserve: f64,
-    /// `limiter.queue`: calls of one tenant that may wait.
-    pub queue: usize,
-    /// `limiter.concurrency`: calls of one tenant under way at once, on this replica.
-    pub concurrency: usize,
-}
-
-impl Config {
-    fn terms(&self) -> Terms {
-        Terms { burst: self.burst, fallback_share: self.fallback_share, reserve: self.reserve }
-    }
-
-    /// Whether there are quotas at all.
-    fn counts(&self) -> bool {
-        ![&self.tenant, &self.fleet].into_iter().chain(self.tenants.values()).all(Vec::is_empty)
-    }
-
-    /// The windows of the tenant of that name.
-    fn windows_of(&self, tenant: &str) -> &[Window] {
-        self.tenants.get(tenant).unwrap_or(&self.tenant)
-    }
-}
 
 /// Tenants that are remembered.
 const TENANTS: u64 = 10_000;

@@ -1,5 +1,5 @@
-//! Who waits for a call, and in which order they are served. It owns queues, turns and deadlines; of quotas it
-//! knows only the port ([`Quota`]).
+//! Who is served, and when: turns, batches and refusals. It must not know what a quota is made of; it knows only
+//! the port ([`Quota`]).
 //!
 //! A call that cannot be made at once waits in its tenant's queue, first come first served. One task per
 //! queue that is not empty asks for calls and hands them out. Tenants take turns at what they share. Whoever
@@ -8,32 +8,25 @@
 //! everybody wait until their last moment makes calls nobody waits for the answers of.
 
 use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, oneshot},
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::task::TaskTracker;
 
-use super::quota::{Grant, Quota};
-use crate::{
-    chance::chance,
-    cyberscan::{Priority, latency::Latency},
-    metrics::QuotaScope,
+use super::{
+    line::{Estimate, Line, Permit, Queue, RECOUNT, Refused, Waiter, lock},
+    quota::{Grant, Quota},
 };
+use crate::{chance::chance, cyberscan::Priority, metrics::QuotaScope};
 
 /// Calls asked for at once, at most: the fewer, the finer tenants take turns.
 const BATCH: usize = 16;
 const SHARED_BATCH: u32 = 4;
-/// How long a queue must have been busy before its pace tells how long others will wait.
-const PACE: Duration = Duration::from_secs(1);
-/// How often it is asked again whether there is a call, however long that will take as it looks: more than a window
-/// of a second takes.
-const RECOUNT: Duration = Duration::from_secs(2);
 /// How much later it is asked, at most: less than calls may come late without being lost.
 const JITTER: Duration = Duration::from_millis(4);
 /// What who cannot be told a time is told.
@@ -49,92 +42,6 @@ struct Inner<Q> {
     /// When what tenants share has a call for any of them.
     shared_next: Mutex<Option<Estimate>>,
     tasks: TaskTracker,
-}
-
-/// One tenant's queue.
-pub(super) struct Queue<A> {
-    pub(super) account: A,
-    /// Calls that may be under way at once.
-    pub(super) slots: Arc<Semaphore>,
-    latency: Arc<Latency>,
-    line: Mutex<Line>,
-}
-
-#[derive(Default)]
-struct Line {
-    waiting: VecDeque<Waiter>,
-    /// Since when there has been somebody waiting, and how many calls have been granted since.
-    busy: Option<(Instant, u32)>,
-    /// A task is serving the queue.
-    served: bool,
-    /// When the tenant's own quota has a call for it.
-    next: Option<Estimate>,
-    /// The [`Grant::epoch`] of the last grant.
-    epoch: u64,
-}
-
-/// Someone who waits for a call.
-struct Waiter {
-    granter: oneshot::Sender<Result<Permit, Refused>>,
-    came: Instant,
-    /// When an answer would be too late.
-    deadline: Instant,
-}
-
-/// When a call can be granted, as it looked at some time. Redis, or its memory, may be lost or found at any moment: where
-/// nobody has looked again for a while, the next caller does.
-#[derive(Clone, Copy)]
-struct Estimate {
-    until: Instant,
-    as_of: Instant,
-}
-
-impl Estimate {
-    /// In what time that is, for someone with `ahead` others before them.
-    fn wait(self, ahead: usize, now: Instant) -> Duration {
-        if ahead == 0 && now - self.as_of >= 2 * RECOUNT {
-            return Duration::ZERO;
-        }
-        self.until.saturating_duration_since(now)
-    }
-}
-
-/// Leave to make one call. The tenant's slot is free again when it is dropped.
-pub struct Permit {
-    _slot: OwnedSemaphorePermit,
-}
-
-/// There is no call in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Refused {
-    /// In how long there may be one.
-    pub(super) wait: Duration,
-    /// Whose quota it is that has none.
-    pub(super) scope: QuotaScope,
-}
-
-impl<A> Queue<A> {
-    /// An empty one of which `concurrency` calls may be under way at once, to a host with that latency.
-    pub(super) fn new(account: A, concurrency: usize, latency: Arc<Latency>) -> Self {
-        // Of the first grant nothing is known.
-        let line = Mutex::new(Line { epoch: u64::MAX, ..Line::default() });
-        Self { account, slots: Arc::new(Semaphore::new(concurrency)), latency, line }
-    }
-
-    /// What is known of when there will be a call is not known any more.
-    pub(super) fn forget_estimate(&self) {
-        self.line().next = None;
-    }
-
-    fn line(&self) -> MutexGuard<'_, Line> {
-        lock(&self.line)
-    }
-
-    /// Until when it is worth to wait: later a call would be paid for and then be cut off.
-    fn latest(&self, came: Instant, deadline: Instant) -> Instant {
-        let patience = deadline.saturating_duration_since(came);
-        deadline.checked_sub(self.latency.needed(patience)).unwrap_or(came)
-    }
 }
 
 impl<Q: Quota> Clone for Queues<Q> {
@@ -257,14 +164,7 @@ impl<Q: Quota> Queues<Q> {
         let shared = wait(*lock(&self.0.shared_next));
         let scope = if shared > own { QuotaScope::Fleet } else { QuotaScope::Tenant };
         let at_best = own.max(shared).max(self.0.quota.at_best(account, ahead));
-        let wait = match line.busy {
-            Some((since, calls)) if calls > 0 && now > since + PACE => {
-                let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
-                at_best.max((now - since).saturating_mul(ahead) / calls)
-            }
-            _ => at_best,
-        };
-        (wait, scope)
+        (at_best.max(line.at_its_pace(now, ahead)), scope)
     }
 
     /// Grants calls to those who wait, in their order, until nobody does.
@@ -318,23 +218,10 @@ impl<Q: Quota> Queues<Q> {
     /// Wakes those a call was granted to, and those who could not be answered in time any more.
     fn hand_out(&self, queue: &Queue<Q::Account>, grant: &Grant, mut slots: Vec<OwnedSemaphorePermit>) {
         let mut line = queue.line();
-        slots.truncate(grant.calls as usize);
         let now = Instant::now();
-        if let Some((since, calls)) = &mut line.busy {
-            *calls = calls.saturating_add(grant.calls);
-            // What is long ago counts less and less.
-            if now > *since + 10 * PACE {
-                (*since, *calls) = (now - (now - *since) / 2, *calls / 2);
-            }
-        }
-        while let Some(slot) = slots.pop()
-            && let Some(waiter) = line.waiting.pop_front()
-        {
-            // Who has left in the meantime leaves the call to the next one.
-            if let Err(Ok(Permit { _slot: slot })) = waiter.granter.send(Ok(Permit { _slot: slot })) {
-                slots.push(slot);
-            }
-        }
+        slots.truncate(grant.calls as usize);
+        line.wake(slots);
+        line.note_pace(now, grant);
         let next = (!grant.wait.is_zero()).then(|| Estimate { until: now + grant.wait, as_of: now });
         let (own, shared) = match grant.scope {
             QuotaScope::Tenant => (next, None),
@@ -343,14 +230,6 @@ impl<Q: Quota> Queues<Q> {
         line.next = own;
         if grant.calls > 0 || shared.is_some() {
             *lock(&self.0.shared_next) = shared;
-        }
-        if grant.paused {
-            // A pause says nothing about the pace.
-            line.busy = Some((now, 0));
-        } else if line.epoch != grant.epoch {
-            // Nor does the moment in which Redis, or its memory, is lost or found.
-            line.epoch = grant.epoch;
-            line.busy = Some((now + PACE, 0));
         }
         let waiting = std::mem::take(&mut line.waiting);
         for waiter in waiting {
@@ -370,16 +249,13 @@ fn again(grant: &Grant) -> Duration {
     grant.wait.clamp(Duration::from_millis(1), RECOUNT) + JITTER.mul_f64(chance())
 }
 
-/// Held for a few assignments; nothing in between can panic, so poison is ignored.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use futures_util::future::join_all;
+    use tokio::sync::Semaphore;
 
     use super::*;
+    use crate::cyberscan::latency::Latency;
 
     const SECOND: Duration = Duration::from_secs(1);
 

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{account::Account, local::Pace, pause::Pauses};
+use super::{account::Account, bucket::Pace, pause::Pauses};
 use crate::{cyberscan::Priority, metrics::QuotaScope};
 
 /// Where calls come from.

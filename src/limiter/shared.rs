@@ -12,8 +12,10 @@ use std::{fmt::Write, time::Duration};
 use deadpool_redis::redis::{Script, cmd};
 
 use super::{
-    ledger::{ByPart, Memory, Report, Told},
-    local::{Local, Pace},
+    bucket::Pace,
+    calls::ByPart,
+    local::Local,
+    report::{Memory, Report, Told},
 };
 use crate::{
     chance::chance,
@@ -237,7 +239,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        limiter::{ledger::Calls, local::nanos, window::Window},
+        limiter::{bucket::nanos, calls::Calls, window::Window},
         redis_server::RedisServer,
     };
 

@@ -1,7 +1,8 @@
 //! The limiter as a whole, in virtual time without Redis, and with a real Redis that comes and goes.
 
+use std::{collections::BTreeMap, sync::Mutex};
+
 use futures_util::future::join_all;
-use std::sync::Mutex;
 use tokio::time::sleep;
 
 use super::*;
@@ -459,6 +460,66 @@ async fn what_redis_forgets_the_replicas_remember() {
     assert_eq!(made.len(), 260, "all of the day, and no more");
     let most = most_within(&made, SECOND * 98 / 100);
     assert!(most <= 100, "{most} calls in a second");
+}
+
+/// A Redis that is started again without its data grants what is left, in seconds as in days. When all replicas are, too,
+/// nobody knows what has been used of the day: that is what Redis's persistence is for.
+#[tokio::test]
+async fn a_restart_of_redis_without_its_data_costs_no_call_too_many_and_one_of_everything_a_day_at_most() {
+    let mut server = RedisServer::process(&[]).await;
+    let quota = Config { queue: 1_000, ..config("50/s,200/d", "") };
+    let replicas = [(); 3].map(|()| limiter_on(quota.clone(), Some(&server)));
+    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    for limiter in &replicas {
+        tasks.spawn(limiter.clone().tidy(shutdown.clone()));
+    }
+    let mut made = burst(&replicas, 60, 5 * SECOND).await;
+    for _ in 0..2 {
+        server.kill();
+        let (more, ()) = tokio::join!(burst(&replicas, 60, 5 * SECOND), async {
+            sleep(SECOND).await;
+            server.restart().await;
+        });
+        made.extend(more);
+    }
+    made.extend(burst(&replicas, 150, 5 * SECOND).await);
+    eprintln!("redis twice: {} of 200, {} in a second", made.len(), most_within(&made, SECOND * 98 / 100));
+    assert!((195..=200).contains(&made.len()), "{} of a day's 200", made.len());
+    assert!(most_within(&made, SECOND * 98 / 100) <= 50);
+    shutdown.cancel();
+    drop(replicas);
+    server.kill();
+    server.restart().await;
+    let replicas = [(); 3].map(|()| limiter_on(quota.clone(), Some(&server)));
+    let again = burst(&replicas, 250, 6 * SECOND).await;
+    made.extend(&again);
+    eprintln!("all: {} more, {} in a second", again.len(), most_within(&made, SECOND * 98 / 100));
+    assert_eq!(again.len(), 200, "a new day");
+    assert!(most_within(&made, SECOND * 98 / 100) <= 75, "more than a burst besides");
+}
+
+#[tokio::test]
+async fn tenants_windows_are_on_all_nodes_of_a_cluster() {
+    let nodes = RedisServer::cluster().await;
+    let redis = Redis::to_cluster(&nodes.each_ref().map(RedisServer::url));
+    let limiter = Limiter::new(
+        config("20/s", "1000/s"),
+        Some(redis),
+        Latencies::default(),
+        Metrics::new(),
+        TaskTracker::new(),
+    );
+    for number in 0..30 {
+        let call = call_of(&number.to_string(), SECOND, Priority::Interactive);
+        drop(limiter.admit(&call).await.unwrap());
+    }
+    let mut windows = 0;
+    for node in &nodes {
+        let here = node.ask::<Vec<String>>(&["KEYS", "relay:1:*:quota"]).await.len();
+        assert!(here > 3, "{here} of 31 on one node");
+        windows += here;
+    }
+    assert_eq!(windows, 31, "one of each tenant, and the fleet's");
 }
 
 /// Others do not spend what one has spent already, also if that one has no more to ask.

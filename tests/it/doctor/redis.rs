@@ -132,6 +132,12 @@ async fn a_daily_quota_without_persistence_is_reported() {
     })
     .await;
     bad(&of("10/s", "RELAY_LIMITER_TENANT").await, Check::RedisPersistence, "MISCONF");
+    // Also where a single tenant alone has such a quota, or the fleet.
+    let redis = RedisServer::process(&[]).await;
+    let single = format!("{}=30000/w", "0".repeat(32));
+    for (setting, quota) in [("RELAY_LIMITER_TENANTS", &*single), ("RELAY_LIMITER_FLEET", "100000/30d")] {
+        bad(&with(&redis.url(), &[(setting, quota)]).await, Check::RedisPersistence, "loses the count");
+    }
     let redis = RedisServer::process(&["--appendonly", "yes"]).await;
     let report = with(&redis.url(), &[("RELAY_LIMITER_TENANT", "5000/d")]).await;
     found(&report, Check::RedisPersistence, Severity::Ok, "append-only");
