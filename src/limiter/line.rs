@@ -15,7 +15,7 @@ use tokio::{
 use super::quota::Grant;
 use crate::{cyberscan::latency::Latency, metrics::QuotaScope};
 
-/// How long a queue must have been busy before its pace tells how long others will wait.
+/// How long a queue must have moved before its pace tells how long others will wait.
 const PACE: Duration = Duration::from_secs(1);
 /// How often it is asked again whether there is a call, however long that will take as it looks: more than a window
 /// of a second takes.
@@ -33,8 +33,9 @@ pub(super) struct Queue<A> {
 #[derive(Default)]
 pub(super) struct Line {
     pub(super) waiting: VecDeque<Waiter>,
-    /// Since when there has been somebody waiting, and how many calls have been granted since.
-    pub(super) busy: Option<(Instant, u32)>,
+    /// When calls were first granted to who waits now, and how many have been since. Where the first one has to
+    /// wait, for a Redis that came back or for rest, that says nothing about the next.
+    pub(super) pace: Option<(Instant, u32)>,
     /// A task is serving the queue.
     pub(super) served: bool,
     /// When the tenant's own quota has a call for it.
@@ -122,28 +123,31 @@ impl Line {
 
     /// What a grant says about how fast this line moves.
     pub(super) fn note_pace(&mut self, now: Instant, grant: &Grant) {
-        if let Some((since, calls)) = &mut self.busy {
-            *calls = calls.saturating_add(grant.calls);
-            // What is long ago counts less and less.
-            if now > *since + 10 * PACE {
-                (*since, *calls) = (now - (now - *since) / 2, *calls / 2);
-            }
-        }
-        if grant.paused {
-            // A pause says nothing about it.
-            self.busy = Some((now, 0));
-        } else if self.epoch != grant.epoch {
-            // Nor does the moment in which Redis, or its memory, is lost or found.
+        // A pause says nothing about it, nor does the moment in which Redis, or its memory, is lost or found.
+        if grant.paused || self.epoch != grant.epoch {
             self.epoch = grant.epoch;
-            self.busy = Some((now + PACE, 0));
+            self.pace = None;
+        }
+        match &mut self.pace {
+            None if grant.calls > 0 => self.pace = Some((now, 0)),
+            None => {}
+            Some((since, calls)) => {
+                *calls = calls.saturating_add(grant.calls);
+                // What is long ago counts less and less.
+                if now > *since + 10 * PACE {
+                    (*since, *calls) = (now - (now - *since) / 2, *calls / 2);
+                }
+            }
         }
     }
 
-    /// How long someone with `ahead` others before them waits if it moves on as fast as it has.
+    /// How long someone with `ahead` others before them waits at least if it moves on as fast as it has. Few calls say
+    /// little: it may have been by chance that they were so few, and who is refused does not come back.
     pub(super) fn at_its_pace(&self, now: Instant, ahead: usize) -> Duration {
-        match self.busy {
+        match self.pace {
             Some((since, calls)) if calls > 0 && now > since + PACE => {
-                (now - since).saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX)) / calls
+                let calls = f64::from(calls);
+                (now - since).mul_f64(ahead as f64 / (calls + 2.0 * calls.sqrt()))
             }
             _ => Duration::ZERO,
         }

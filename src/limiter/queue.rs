@@ -92,7 +92,6 @@ impl<Q: Quota> Queues<Q> {
             let (granter, granted) = oneshot::channel();
             line.waiting.push_back(Waiter { granter, came, deadline });
             if !std::mem::replace(&mut line.served, true) {
-                line.busy = Some((came, 0));
                 let (this, queue) = (self.clone(), Arc::clone(queue));
                 self.0.tasks.spawn(async move { this.serve(&queue).await });
             }
@@ -176,7 +175,7 @@ impl<Q: Quota> Queues<Q> {
                 let mut line = queue.line();
                 line.waiting.retain(|waiter| !waiter.granter.is_closed());
                 if line.waiting.is_empty() {
-                    (line.served, line.busy) = (false, None);
+                    (line.served, line.pace) = (false, None);
                     return;
                 }
                 while slots.len() < line.waiting.len().min(BATCH)
@@ -361,6 +360,23 @@ mod tests {
         let wait = bench.admit(5 * SECOND).await.map(drop).unwrap_err().wait;
         assert_eq!(asked.elapsed(), Duration::ZERO);
         assert!(wait > 10 * SECOND && wait <= 12 * SECOND, "{wait:?}");
+    }
+
+    /// As after a Redis that came back.
+    #[tokio::test(start_paused = true)]
+    async fn who_has_to_wait_for_the_first_call_is_not_taken_to_wait_as_long_for_each() {
+        let bench = Bench::new(Every::new(SECOND / 20), 1_000);
+        bench.admit(SECOND).await.unwrap();
+        *lock(&bench.queues.quota().next) = Some(Instant::now() + SECOND);
+        let callers = (0..60).map(|number| {
+            let bench = &bench;
+            async move {
+                sleep(SECOND * number / 30).await;
+                bench.admit(10 * SECOND).await.map(drop)
+            }
+        });
+        let outcomes = join_all(callers).await;
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     }
 
     /// Four calls a second, twelve wanted, each takes three seconds: a queue that served everybody at their last
