@@ -7,7 +7,7 @@ use super::bucket::nanos;
 /// Parts a window is divided into. The part that is just leaving counts in full, so a window is up to one part
 /// longer than it says: never a call too many, at most one in a hundred too few.
 pub(super) const PARTS: u64 = 100;
-/// The calls of the last [`Window::per`], by part. Times are nanoseconds on any clock that does not step back.
+/// The calls of the last [`per`](super::window::Window::per), by part. Times are nanoseconds on any clock that does not step back.
 #[derive(Clone, Debug)]
 pub(super) struct Calls {
     pub(super) part: u64,
