@@ -57,6 +57,8 @@ pub(super) struct State {
 
 /// How often Redis is asked again for the same calls, where it had lost its memory.
 const TRIES: u32 = 3;
+/// Redis is away for longer than a new connection takes.
+const GONE: Duration = Duration::from_secs(4);
 /// After how long without calls an account's windows in Redis may be let go, at least.
 const SHORTEST_REST: Duration = Duration::from_secs(1);
 
@@ -134,7 +136,9 @@ impl Account {
             let rounds = u32::try_from(ahead / window.limit.get() as usize).unwrap_or(u32::MAX);
             window.per.saturating_mul(rounds)
         });
-        let buckets = if state.ledger.is_away() { &state.share } else { &state.local };
+        // A Redis that has just gone may come back just as soon: who is refused for it does not.
+        let gone = state.ledger.away_for(now) >= GONE;
+        let buckets = if gone { &state.share } else { &state.local };
         whole.max().unwrap_or_default().max(buckets.at_best(now, ahead))
     }
 

@@ -130,7 +130,7 @@ impl Ledger {
             windows: self.lines.iter_mut().map(report).collect(),
             memory: self.memory.map(|heard| heard.memory),
             clock: self.memory.map(|heard| heard.clock(now)),
-            away: self.away.is_some_and(|since| now.saturating_sub(since) >= nanos(AWAY)),
+            away: self.away_for(now) >= AWAY,
         }
     }
 
@@ -206,6 +206,11 @@ impl Ledger {
 
     pub(super) fn is_away(&self) -> bool {
         self.away.is_some()
+    }
+
+    /// For how long Redis has been away.
+    pub(super) fn away_for(&self, now: u64) -> Duration {
+        Duration::from_nanos(self.away.map_or(0, |since| now.saturating_sub(since)))
     }
 
     /// Which state the windows are in: another one where Redis, or its memory, was lost or found.

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use super::{
-    line::{Estimate, Line, Permit, Queue, RECOUNT, Refused, Waiter, lock},
+    line::{Estimate, Line, Permit, Queue, RECOUNT, Refused, Throughput, Waiter, lock},
     quota::{Grant, Quota},
 };
 use crate::{chance::chance, cyberscan::Priority, metrics::QuotaScope};
@@ -163,7 +163,7 @@ impl<Q: Quota> Queues<Q> {
         let shared = wait(*lock(&self.0.shared_next));
         let scope = if shared > own { QuotaScope::Fleet } else { QuotaScope::Tenant };
         let at_best = own.max(shared).max(self.0.quota.at_best(account, ahead));
-        (at_best.max(line.at_its_pace(now, ahead)), scope)
+        (at_best.max(line.throughput.wait(now, ahead)), scope)
     }
 
     /// Grants calls to those who wait, in their order, until nobody does.
@@ -175,7 +175,7 @@ impl<Q: Quota> Queues<Q> {
                 let mut line = queue.line();
                 line.waiting.retain(|waiter| !waiter.granter.is_closed());
                 if line.waiting.is_empty() {
-                    (line.served, line.pace) = (false, None);
+                    (line.served, line.throughput) = (false, Throughput::default());
                     return;
                 }
                 while slots.len() < line.waiting.len().min(BATCH)
@@ -220,7 +220,7 @@ impl<Q: Quota> Queues<Q> {
         let now = Instant::now();
         slots.truncate(grant.calls as usize);
         line.wake(slots);
-        line.note_pace(now, grant);
+        line.note(now, grant);
         let next = (!grant.wait.is_zero()).then(|| Estimate { until: now + grant.wait, as_of: now });
         let (own, shared) = match grant.scope {
             QuotaScope::Tenant => (next, None),

@@ -49,8 +49,8 @@ pub(super) struct Grant {
     pub(super) scope: QuotaScope,
     /// That is because CyberScan has asked for a pause.
     pub(super) paused: bool,
-    /// Another number where Redis, or its memory, was lost or found: what was granted before says nothing about
-    /// how quickly calls will be granted.
+    /// Another number where Redis, or its memory of the tenant's windows or the fleet's, was lost or found: what was
+    /// granted before says nothing about how quickly calls will be granted.
     pub(super) epoch: u64,
 }
 
@@ -123,19 +123,16 @@ impl Windows {
     fn lease(&self) -> MutexGuard<'_, Lease> {
         self.lease.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl Quota for Arc<Windows> {
-    type Account = Account;
-
-    async fn take(&self, tenant: &Account, calls: u32, priority: Priority) -> Grant {
-        if let Some(wait) = self.pause(tenant) {
+    /// Calls that the tenant's windows and the fleet's allow.
+    async fn of_all_windows(&self, tenant: &Account, calls: u32, priority: Priority) -> Grant {
+        if let Some(wait) = self.pauses.left(tenant.name()) {
             return Grant { calls: 0, wait, paused: true, ..Grant::whole(0) };
         }
         // This replica's buckets and its own calls first: what they refuse costs nobody a round trip.
         let mut own = tenant.begin(calls, priority);
         if own.calls() == 0 {
-            return Grant { wait: own.wait(), epoch: tenant.epoch(), ..Grant::whole(0) };
+            return Grant { wait: own.wait(), ..Grant::whole(0) };
         }
         let asked = self.started.elapsed();
         let fleet = self.of_fleet(own.calls(), priority).await;
@@ -160,6 +157,15 @@ impl Quota for Arc<Windows> {
         } else {
             grant
         }
+    }
+}
+
+impl Quota for Arc<Windows> {
+    type Account = Account;
+
+    async fn take(&self, tenant: &Account, calls: u32, priority: Priority) -> Grant {
+        let grant = self.of_all_windows(tenant, calls, priority).await;
+        Grant { epoch: tenant.epoch().wrapping_add(self.fleet.epoch()), ..grant }
     }
 
     fn at_best(&self, tenant: &Account, ahead: usize) -> Duration {

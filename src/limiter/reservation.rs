@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::{account::Account, local::Taken, quota::Grant};
-use crate::{cyberscan::Priority, metrics::QuotaScope, redis_pool::Unavailable};
+use crate::{cyberscan::Priority, redis_pool::Unavailable};
 
 /// Calls of which this replica's gates have nothing against; given back when dropped.
 pub(super) struct Reservation<'a> {
@@ -94,7 +94,7 @@ impl Reservation<'_> {
             state.last = Some(self.account.now());
         }
         (self.begun, self.taken.calls) = (0, 0);
-        Grant { calls, wait, scope: QuotaScope::Tenant, paused: false, epoch: state.ledger.epoch() }
+        Grant { wait, ..Grant::whole(calls) }
     }
 }
 
