@@ -159,19 +159,21 @@ impl Replicas {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_the_quota_uses_the_quota_and_no_more() {
     let _alone = alone().await;
-    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "40/s")]).await;
+    let fleet = Replicas::start(&[("RELAY_LIMITER_TENANT", "20/s")]).await;
     let token = fleet.sandbox.token(AUDIENCE);
     // Each has its token.
     for relay in fleet.addresses() {
         ask(relay, &token, &[("ip", "203.0.113.10")]).await.unwrap();
     }
     sleep(Duration::from_secs(2)).await;
+    // As many requests as leave the machine time to hand calls out when they are due.
+    let length = phase() * 2;
     fleet.sandbox.cyberscan.reset_counts();
-    let asked = stream(&fleet.addresses(), &token, 18, 400, phase()).await;
+    let asked = stream(&fleet.addresses(), &token, 18, 200, length).await;
     let calls = fleet.sandbox.cyberscan.calls();
-    let until = asked.iter().map(|asked| asked.at).min().unwrap() + phase();
+    let until = asked.iter().map(|asked| asked.at).min().unwrap() + length;
     let within = calls.iter().filter(|call| call.when < until).count();
-    let allowed = 40 * usize::try_from(phase().as_secs()).unwrap();
+    let allowed = 20 * usize::try_from(length.as_secs()).unwrap();
     let most = most_within(&calls, Duration::from_secs(1));
     // Once the burst from rest has been paid for.
     let steady: Vec<Recorded> =
@@ -179,13 +181,13 @@ async fn ten_times_the_quota_uses_the_quota_and_no_more() {
     let at_once = most_within(&steady, Duration::from_millis(100));
     let delayed = delayed(&calls, Duration::from_millis(200));
     eprintln!(
-        "10x quota: {within} of {allowed} calls used; at most {most} in a second (40), {at_once} in 100 ms, {delayed} in a \
+        "10x quota: {within} of {allowed} calls used; at most {most} in a second (20), {at_once} in 100 ms, {delayed} in a \
          second after delays of up to 200 ms"
     );
     let most = most_within(&calls, SECOND);
-    assert!(most <= 40, "{most} calls in a second");
+    assert!(most <= 20, "{most} calls in a second");
     assert!(within * 100 >= allowed * 97, "{within} of {allowed} calls");
-    assert!(at_once <= 10 && delayed <= 50, "{at_once}, {delayed}");
+    assert!(at_once <= 5 && delayed <= 25, "{at_once}, {delayed}");
     for asked in asked.iter().filter_map(|asked| asked.error.as_deref()) {
         assert_eq!(asked, "too many requests");
     }
