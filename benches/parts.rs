@@ -171,7 +171,7 @@ fn cached() -> Cached<AtHand> {
         encryption_keys: Vec::new(),
     };
     let (metrics, tasks) = (Metrics::new(), TaskTracker::new());
-    Cached::new(at_hand(), config, None, Clock::system(), metrics, tasks, CancellationToken::new())
+    Cached::new(at_hand(), config, None, metrics, tasks, CancellationToken::new())
 }
 
 fn look_ups(c: &mut Criterion) {

@@ -32,6 +32,8 @@ use crate::{
 
 /// How long background tasks may take to end after the last request.
 const LAST_TASKS: Duration = Duration::from_secs(2);
+/// How long a relay that starts waits for Redis.
+const FIRST_CONNECTION: Duration = Duration::from_secs(1);
 
 /// Everything that serving needs and might not get: files have been read, TLS and the connections' clients are set up.
 /// Nothing is connected yet, and no port is taken.
@@ -132,7 +134,7 @@ pub async fn serve(
     metrics.redis_up.set((), i64::from(redis.is_none()));
     let with_redis = redis.is_some();
     let for_worker = redis.clone();
-    let shared = redis.clone().map(|redis| RedisTier::new(redis, clock));
+    let shared = redis.clone().map(RedisTier::new);
     let latencies = Latencies::default();
     let limiter =
         Limiter::new(settings.limiter, redis.clone(), latencies.clone(), metrics.clone(), tasks.clone());
@@ -159,12 +161,15 @@ pub async fn serve(
     let cached = Cached::new(
         breaker.clone(),
         settings.cache,
-        shared,
-        clock,
+        shared.clone(),
         metrics.clone(),
         tasks.clone(),
         background.clone(),
     );
+    if let Some(shared) = shared {
+        // The first requests would go to CyberScan for what Redis has.
+        shared.connected(FIRST_CONNECTION).await;
+    }
     let worker = settings.worker.enabled.then(|| {
         let notes = cached.notes();
         Worker::new(cached.clone(), notes, settings.worker, for_worker, metrics.clone(), tasks.clone())

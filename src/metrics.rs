@@ -215,6 +215,8 @@ labels! {
         Sealed => "sealed",
         /// It does not decode.
         Corrupt => "corrupt",
+        /// It says that it is from a time to come.
+        Future => "future",
     }
     /// How a fill came to its value.
     Flight {

@@ -41,6 +41,7 @@ pub struct Tenant {
     key: ApiKey,
     /// Of `id`, ready to derive names with.
     naming: hmac::Key,
+    name: [u8; 16],
     label: Arc<str>,
 }
 
@@ -49,7 +50,8 @@ impl Tenant {
     #[must_use]
     pub fn new(host: Host, key: ApiKey) -> Self {
         let id = TenantId::of(&host, &key);
-        Self { naming: id.naming(), label: hex(id.label()).into(), id, host, key }
+        let name = id.label();
+        Self { naming: id.naming(), name, label: hex(name).into(), id, host, key }
     }
 
     /// The tenant a token's `host` and `api_key` claims stand for, if `allowed` has its host.
@@ -75,6 +77,12 @@ impl Tenant {
     #[must_use]
     pub fn label(&self) -> Arc<str> {
         Arc::clone(&self.label)
+    }
+
+    /// The same, as bytes.
+    #[must_use]
+    pub fn name(&self) -> [u8; 16] {
+        self.name
     }
 
     /// As [`TenantId::derive`], in half the time.

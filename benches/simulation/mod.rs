@@ -148,7 +148,7 @@ impl World {
         };
         let (metrics, tasks, stop) = (Metrics::new(), TaskTracker::new(), CancellationToken::new());
         let cached =
-            Cached::new(upstream.clone(), config, None, clock, metrics.clone(), tasks.clone(), stop.clone());
+            Cached::new(upstream.clone(), config, None, metrics.clone(), tasks.clone(), stop.clone());
         if with_worker {
             let config = worker::Config {
                 enabled: true,

@@ -61,7 +61,7 @@ pub trait Purge: Send + Sync + 'static {
     /// All answers of a tenant, by the name it has in logs and in Redis.
     fn tenant(&self, label: Name) -> impl Future<Output = Result<(), Unavailable>> + Send;
 
-    /// All answers about an observable, of every tenant known here.
+    /// All answers about an observable, of every tenant.
     fn observable(&self, subject: &Subject) -> impl Future<Output = Result<(), Unavailable>> + Send;
 }
 
@@ -251,7 +251,7 @@ async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) 
         Ok(()) => answer(StatusCode::OK, &json!({"purged": "on every replica"})),
         Err(Unavailable) => answer(
             StatusCode::BAD_GATEWAY,
-            &json!({"error": "forgotten here; Redis, and so the other replicas, could not be told"}),
+            &json!({"error": "forgotten here; Redis, and so the other replicas, will be told when it answers"}),
         ),
     }
 }

@@ -23,6 +23,8 @@ pub struct Reads {
     pub(super) unread: AtomicBool,
     /// CyberScan was asked for it because of a reader, and that has not been noted yet.
     pub(super) filled: AtomicBool,
+    /// Redis has a newer one.
+    pub(super) superseded: AtomicBool,
     /// Reads since the last collection.
     count: AtomicU32,
     /// Somebody will renew it in time: a read need not.

@@ -1,61 +1,52 @@
 //! What a tier that replicas share has to do: keep values, let one replica fetch, and tell the others.
 //! It owns the vocabulary and the promises; it must not know Redis, nor what a record means.
 
-use std::{
-    future::Future,
-    sync::atomic::{AtomicI64, Ordering},
-    time::Duration,
-};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
+use super::order::{Order, Scope};
 use crate::{
-    clock::Clock,
     cyberscan::{Error, RecordType},
     redis_pool::Unavailable,
     tenant::{Tenant, TenantId},
 };
 
-/// A tier that replicas share. One suite of tests runs over every implementation.
+/// A tier that replicas share. One suite of tests runs over every implementation. Versions are those of this process
+/// ([`super::order::VersionClock`]); in the tier they stand as the fleet counts.
+///
+/// Nothing is read from the tier, nor is anybody's lock heeded, before this process knows what was purged in it, and no
+/// longer than that knowledge is kept up to date.
 pub trait SharedTier: Clone + Send + Sync + 'static {
-    /// The clock all replicas share, for versions.
-    fn clock(&self) -> &VersionClock;
+    /// What this process knows of purges, and the clock versions are told by.
+    fn order(&self) -> &Order;
 
-    /// The values of `keys`, all in one round trip.
-    fn read(&self, keys: &[Key]) -> impl Future<Output = Result<Vec<Option<Vec<u8>>>, Unavailable>> + Send;
+    /// The values of `names`, all in one round trip.
+    fn read(&self, names: &[Name]) -> impl Future<Output = Result<Vec<Option<Vec<u8>>>, Unavailable>> + Send;
 
     /// Looks for a value newer than `version` and, if there is none, tries to become the one who
     /// fetches it, in one step. The lock is lost after `lease`.
     fn claim(
         &self,
-        key: &Key,
+        name: Name,
         version: u64,
         lease: Duration,
     ) -> impl Future<Output = Result<Claim, Unavailable>> + Send;
 
-    /// Writes a value unless a newer one is there, gives the lock of `owner` back and tells the others.
-    /// A tier that cannot be reached is written to when it comes back.
-    fn store(
-        &self,
-        key: &Key,
-        value: Vec<u8>,
-        version: u64,
-        life: Duration,
-        owner: Option<String>,
-    ) -> impl Future<Output = ()> + Send;
+    /// Writes a value unless a newer one is there, gives the lock back, and tells those who wait for it or have an older
+    /// one. A tier that cannot be reached is written to when it comes back.
+    fn store(&self, write: Write) -> impl Future<Output = ()> + Send;
 
-    /// Gives the lock back without a value and tells the others why, where they would fare no better.
-    fn release(&self, key: &Key, owner: String, error: &Error) -> impl Future<Output = ()> + Send;
+    /// Gives the lock back without a value and tells who waits for it why, where they would fare no better.
+    fn release(&self, name: Name, owner: String, error: &Error) -> impl Future<Output = ()> + Send;
 
-    /// Tells all replicas, also those that are cut off now, that nothing older than now may be served.
-    fn purge(&self, scope: Scope) -> impl Future<Output = Result<u64, Unavailable>> + Send;
+    /// Tells all replicas what this process knows of `scope`, also those that are cut off now. What could not be told is
+    /// told when the tier comes back.
+    fn tell(&self, scope: Scope) -> impl Future<Output = Result<(), Unavailable>> + Send;
 
-    /// Tells all replicas that CyberScan refuses a tenant's key.
-    fn revoke(&self, tenant: Name) -> impl Future<Output = ()> + Send;
-
-    /// Listens to the other replicas until `shutdown`: wakes who waits for a value, and has `hear` told
-    /// of everything else.
+    /// Listens to the other replicas until `shutdown`: wakes who waits for a value, learns what was purged, and has `hear`
+    /// told of what becomes of that.
     fn follow(
         self,
         shutdown: CancellationToken,
@@ -73,23 +64,49 @@ pub struct Key {
     pub record_type: RecordType,
     /// Whose it is.
     pub tenant: TenantId,
+    /// The tenant's name in logs and in the tier.
+    pub label: Name,
     /// Derived from the tenant, the record type and the subject.
     pub name: Name,
+    /// What it is about, in its canonical spelling.
+    pub subject: Box<str>,
 }
 
 impl Key {
     /// The key of the answer about `subject`, in its canonical spelling.
     #[must_use]
-    pub fn new(tenant: &Tenant, record_type: RecordType, subject: &str) -> Self {
+    pub fn new(tenant: &Tenant, record_type: RecordType, subject: impl Into<Box<str>>) -> Self {
+        let subject = subject.into();
         let name = tenant.derive("cache", &[record_type.key_part().as_bytes(), subject.as_bytes()]);
-        Self { record_type, tenant: tenant.id(), name }
+        Self { record_type, tenant: tenant.id(), label: tenant.name(), name, subject }
     }
+}
 
-    /// The same for a tenant of whom no more than the identity is at hand.
-    #[must_use]
-    pub fn of(tenant: TenantId, record_type: RecordType, subject: &str) -> Self {
-        let name = tenant.derive("cache", &[record_type.key_part().as_bytes(), subject.as_bytes()]);
-        Self { record_type, tenant, name }
+/// A value on its way into the tier.
+#[derive(Clone)]
+pub struct Write {
+    /// What it is kept under.
+    pub name: Name,
+    /// The moment its fetch began.
+    pub version: u64,
+    /// When it is of no use any more.
+    pub until: Instant,
+    /// Who has the lock, if it was fetched under one.
+    pub owner: Option<String>,
+    /// Bytes it occupies while it waits.
+    pub size: usize,
+    /// What it is.
+    pub value: Value,
+}
+
+/// Makes a value of what was fetched, at the moment it is written: given the version it is to carry; `None` if it is too
+/// large, or was purged meanwhile.
+#[derive(Clone)]
+pub struct Value(pub Arc<dyn Fn(u64) -> Option<Vec<u8>> + Send + Sync>);
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Value(..)")
     }
 }
 
@@ -122,70 +139,11 @@ pub enum Event {
         /// Its version.
         version: u64,
     },
-    /// Nothing older than `version` may be served, of everyone or of one tenant.
+    /// Nothing of `scope` up to `version` may be served; the tier's [`Order`] knows it already.
     Purged {
         /// What of.
         scope: Scope,
         /// The last version that may not be served.
         version: u64,
     },
-    /// CyberScan refuses this tenant's key.
-    Revoked {
-        /// The tenant, by the name it has in the tier.
-        tenant: Name,
-        /// When.
-        version: u64,
-    },
-    /// Events were missed: nothing kept from before can be relied on.
-    Missed,
-}
-
-/// What a purge is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Scope {
-    /// Everything.
-    All,
-    /// All answers of one tenant, by the name it has in the tier.
-    Tenant(Name),
-    /// One answer.
-    Answer(Name),
-}
-
-/// Microseconds on a clock that all replicas share: Redis's, as soon as it was read once. It runs with
-/// this process's monotonic clock, so a jump of the wall clock does not reach it.
-pub struct VersionClock {
-    started: Instant,
-    /// What to add to the microseconds since `started`.
-    offset: AtomicI64,
-}
-
-impl VersionClock {
-    /// Shows the wall clock's time until it is [`VersionClock::set`].
-    #[must_use]
-    pub fn new(wall: Clock) -> Self {
-        Self { started: Instant::now(), offset: AtomicI64::new(wall.now().as_microsecond()) }
-    }
-
-    /// The present moment.
-    #[must_use]
-    pub fn now(&self) -> u64 {
-        let now = self.elapsed().saturating_add(self.offset.load(Ordering::Relaxed));
-        u64::try_from(now).unwrap_or(0)
-    }
-
-    /// How long ago `version` was.
-    #[must_use]
-    pub fn age(&self, version: u64) -> Duration {
-        Duration::from_micros(self.now().saturating_sub(version))
-    }
-
-    /// Shows `now`, and runs on from there.
-    pub fn set(&self, now: u64) {
-        let now = i64::try_from(now).unwrap_or(i64::MAX);
-        self.offset.store(now.saturating_sub(self.elapsed()), Ordering::Relaxed);
-    }
-
-    fn elapsed(&self) -> i64 {
-        i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX)
-    }
 }

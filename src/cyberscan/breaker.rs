@@ -4,6 +4,7 @@
 use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
 
 use moka::{policy::EvictionPolicy, sync::Cache};
+use secrecy::SecretString;
 use tokio::time::Instant;
 
 use super::{Answer, Call, CyberScan, DomainRecord, Error, HostRecord, Vulnerabilities, circuit::Circuit};
@@ -11,6 +12,7 @@ use crate::{
     ctim::DomainName,
     egress::Host,
     metrics::{BreakerState, Label, Metrics},
+    tenant::Tenant,
 };
 
 /// Hosts that are remembered, and how long without a call.
@@ -91,6 +93,14 @@ impl<P: CyberScan + Clone> CyberScan for Breaker<P> {
 
     async fn vulnerabilities(&self, call: &Call, ip: IpAddr) -> Result<Answer<Vulnerabilities>, Error> {
         self.guard(call, self.next.vulnerabilities(call, ip)).await
+    }
+
+    fn access_token(&self, tenant: &Tenant) -> Option<SecretString> {
+        self.next.access_token(tenant)
+    }
+
+    fn use_access_token(&self, tenant: &Tenant, token: &SecretString, given_out: Instant) {
+        self.next.use_access_token(tenant, token, given_out);
     }
 }
 

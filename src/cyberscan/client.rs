@@ -16,6 +16,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use jiff::fmt::rfc2822;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
@@ -34,6 +35,7 @@ use crate::{
     egress::{self, HostPatterns, Http, Reply, Transport},
     live::Live,
     metrics::{Decision, Label, Metrics, UpstreamCall, UpstreamOutcome},
+    tenant::Tenant,
     trace::{self, Stage},
 };
 
@@ -385,7 +387,9 @@ fn came_to<T>(outcome: &Result<Record<T>, Error>) -> UpstreamOutcome {
 impl<A: Admission> CyberScan for Client<A> {
     async fn authenticate(&self, call: &Call) -> Result<Instant, Error> {
         let fetch = || self.clone().fetch_token(call.clone());
-        let token = self.0.tokens.get_younger_than(self.0.config.get().revalidate, call.tenant.id(), fetch);
+        let revalidate = self.0.config.get().revalidate;
+        let age = call.since.map_or(revalidate, |since| revalidate.min(since.elapsed()));
+        let token = self.0.tokens.get_younger_than(age, call.tenant.id(), fetch);
         Ok(within(call, token).await?.fetched())
     }
 
@@ -408,6 +412,14 @@ impl<A: Admission> CyberScan for Client<A> {
         }
         let (kind, path) = (UpstreamCall::Vulnerabilities, path("vulnerabilities/ip", &ip.to_string()));
         self.get(call, kind, path, "a list of vulnerabilities", Vulnerabilities::parse).await
+    }
+
+    fn access_token(&self, tenant: &Tenant) -> Option<SecretString> {
+        self.0.tokens.lend(tenant.id())
+    }
+
+    fn use_access_token(&self, tenant: &Tenant, token: &SecretString, given_out: Instant) {
+        self.0.tokens.borrow(tenant.id(), token, given_out);
     }
 }
 

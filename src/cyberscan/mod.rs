@@ -26,6 +26,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+use secrecy::SecretString;
 use tokio::time::Instant;
 
 pub use breaker::Breaker;
@@ -64,6 +65,14 @@ pub trait CyberScan: Send + Sync + 'static {
         call: &Call,
         ip: IpAddr,
     ) -> impl Future<Output = Result<Answer<Vulnerabilities>, Error>> + Send;
+
+    /// The access token that the tenant's calls are made with, if they are made with one: for other replicas to use.
+    fn access_token(&self, _: &Tenant) -> Option<SecretString> {
+        None
+    }
+
+    /// Makes the tenant's calls with `token`, which another replica was given then, unless there is a newer one.
+    fn use_access_token(&self, _: &Tenant, _token: &SecretString, _given_out: Instant) {}
 }
 
 /// A stage that keeps answers: told beforehand what a request is going to ask, it brings all of it near at once.
@@ -154,6 +163,8 @@ pub struct Call {
     pub wanted_by: Instant,
     /// How urgent it is.
     pub priority: Priority,
+    /// A key that was accepted before proves nothing.
+    pub since: Option<Instant>,
     /// Where its answers came from.
     pub tally: Arc<Tally>,
 }
@@ -162,7 +173,7 @@ impl Call {
     /// A call that nothing has been answered to yet.
     #[must_use]
     pub fn new(tenant: Arc<Tenant>, deadline: Instant, priority: Priority) -> Self {
-        Self { tenant, deadline, wanted_by: deadline, priority, tally: Arc::default() }
+        Self { tenant, deadline, wanted_by: deadline, priority, since: None, tally: Arc::default() }
     }
 
     /// The same for someone who wants an answer by then, if that is before its end.

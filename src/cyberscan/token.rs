@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::Error;
 use crate::{clock::Clock, flight::Flights, tenant::TenantId};
 
+const BEARER: &str = "Bearer ";
 /// A token is renewed this long before CyberScan would refuse it.
 const MARGIN: Duration = Duration::from_secs(60);
 /// The life of a token that does not say when it expires.
@@ -137,6 +138,21 @@ impl AccessTokens {
         }
     }
 
+    /// The tenant's token as CyberScan gave it out, for another replica.
+    #[must_use]
+    pub fn lend(&self, tenant: TenantId) -> Option<SecretString> {
+        let token = self.tokens.get(&tenant).filter(|token| Instant::now() < token.expires)?;
+        token.bearer.expose_secret().strip_prefix(BEARER).map(SecretString::from)
+    }
+
+    /// Uses a token that another replica was given `then`, unless there is a newer one, or it is none.
+    pub fn borrow(&self, tenant: TenantId, text: &SecretString, then: Instant) {
+        let newer = self.tokens.get(&tenant).is_none_or(|token| token.fetched < then);
+        if let (true, Ok(token)) = (newer, accept(text.expose_secret(), false, self.clock)) {
+            self.tokens.insert(tenant, Arc::new(AccessToken { fetched: then, ..token }));
+        }
+    }
+
     async fn fetch<F>(
         &self,
         tenant: TenantId,
@@ -181,7 +197,7 @@ fn accept(text: &str, replacement: bool, clock: Clock) -> Result<AccessToken, Er
     };
     let now = Instant::now();
     Ok(AccessToken {
-        bearer: format!("Bearer {text}").into(),
+        bearer: format!("{BEARER}{text}").into(),
         expires: now + life,
         fetched: now,
         replacement,
@@ -256,6 +272,31 @@ mod tests {
         assert_eq!(calls.load(Ordering::Relaxed), 2);
         tokio::time::advance(PATIENCE).await;
         assert!(tokens.instead_of(&second, tenant(), counted(&calls, "five".into())).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_of_another_replica_is_used_if_it_is_newer_and_can_be_one() {
+        let (one, two, calls) = (tokens(), tokens(), Arc::new(AtomicU32::new(0)));
+        assert!(one.lend(tenant()).is_none());
+        let expires = one.clock.unix() + 6000.0;
+        one.get(tenant(), counted(&calls, token(expires))).await.unwrap();
+        let (lent, given_out) = (one.lend(tenant()).unwrap(), Instant::now());
+        assert_eq!(lent.expose_secret(), token(expires));
+        tokio::time::advance(Duration::from_secs(600)).await;
+        two.borrow(tenant(), &lent, given_out);
+        let age = Duration::from_secs(900);
+        let used = two.get_younger_than(age, tenant(), counted(&calls, token(expires))).await.unwrap();
+        assert_eq!((used.fetched(), calls.load(Ordering::Relaxed)), (given_out, 1));
+        // It is as old as it is, and ends when it ends.
+        let age = Duration::from_secs(600);
+        two.get_younger_than(age, tenant(), counted(&calls, "newer".into())).await.unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+        for none in [lent, "a\nb".to_owned().into(), String::new().into()] {
+            two.borrow(tenant(), &none, given_out);
+            assert_eq!(two.lend(tenant()).unwrap().expose_secret(), "newer");
+        }
+        tokio::time::advance(Duration::from_secs(5400)).await;
+        assert!(one.lend(tenant()).is_none(), "it has expired");
     }
 
     #[tokio::test]

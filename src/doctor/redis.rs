@@ -44,10 +44,12 @@ pub(super) const COMMANDS: &[&str] = &[
     "GETRANGE V 0 0",
     "MGET V",
     "PEXPIRE V 10000 GT",
+    "APPEND V x",
     "PTTL V",
     "HSET H f 1",
+    "HSETNX H f 1",
+    "HMGET H f",
     "HGET H f",
-    "HGETALL H",
     "HLEN H",
     "HKEYS H",
     "HINCRBY H f 1",
@@ -59,13 +61,14 @@ pub(super) const COMMANDS: &[&str] = &[
     "ZRANGEBYSCORE Z -inf 1",
     "ZREM Z m",
     "XADD S MAXLEN ~ 10 * o doctor",
+    "XTRIM S MINID ~ 0",
     "XRANGE S - + COUNT 1",
     "XREVRANGE S + - COUNT 1",
     "XREAD COUNT 1 STREAMS S 0",
 ];
 
 /// What is the relay's own, read only: a user that may not use these keys can do nothing.
-const OWN_KEYS: [&str; 2] = ["relay:1:events", "relay:1:purged"];
+const OWN_KEYS: [&str; 3] = ["relay:1:events", "relay:1:purges", "relay:1:clock"];
 
 /// What there is to say about Redis.
 pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Clock) -> Vec<Finding> {
@@ -347,14 +350,18 @@ async fn commands(about: &str, link: &mut Link) -> Vec<Finding> {
     for (line, error) in COMMANDS.iter().zip(join_all(asking).await) {
         refused.note(line, error);
     }
-    for own in OWN_KEYS {
-        let reading = if own.ends_with("events") {
-            ask::<Value>(link, &["XRANGE", own, "-", "+", "COUNT", "1"]).await
-        } else {
-            ask::<Value>(link, &["HLEN", own]).await
-        };
-        refused.own(reading.err());
-    }
+    let reading = OWN_KEYS.iter().map(|own| {
+        let mut link = link.clone();
+        async move {
+            let reading: &[&str] = match own.rsplit(':').next() {
+                Some("events") => &["XRANGE", own, "-", "+", "COUNT", "1"],
+                Some("purges") => &["ZCARD", own],
+                _ => &["HLEN", own],
+            };
+            ask::<Value>(&mut link, reading).await.err()
+        }
+    });
+    join_all(reading).await.into_iter().for_each(|error| refused.own(error));
     let keys = ["V", "H", "Z", "S"].map(key);
     for key in &keys {
         refused.note("DEL", ask::<Value>(link, &["DEL", key]).await.err());

@@ -97,7 +97,7 @@ pub trait Renew: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Renewed, Error>> + Send;
 
     /// Brings answers from Redis into memory.
-    fn warm(&self, tenant: TenantId, answers: &[(RecordType, Subject)]) -> impl Future<Output = ()> + Send;
+    fn warm(&self, tenant: &Tenant, answers: &[(RecordType, Subject)]) -> impl Future<Output = ()> + Send;
 }
 
 impl<P: CyberScan, T: SharedTier> Renew for Cached<P, T> {
@@ -105,7 +105,7 @@ impl<P: CyberScan, T: SharedTier> Renew for Cached<P, T> {
         self.renew_ahead(call, record_type, subject).await
     }
 
-    async fn warm(&self, tenant: TenantId, answers: &[(RecordType, Subject)]) {
+    async fn warm(&self, tenant: &Tenant, answers: &[(RecordType, Subject)]) {
         Cached::warm(self, tenant, answers).await;
     }
 }
@@ -275,7 +275,7 @@ impl<C: Renew> Worker<C> {
         let (this, tenant) = (self.clone(), Arc::clone(tenant));
         self.0.tasks.spawn(async move {
             if let Ok(hottest) = this.0.index.hottest(&tenant, WARM).await {
-                this.0.cache.warm(tenant.id(), &hottest).await;
+                this.0.cache.warm(&tenant, &hottest).await;
             }
         });
     }
@@ -292,7 +292,7 @@ impl<C: Renew> Worker<C> {
                 let subject = Subject::Ip(ip);
                 let outcome = this.renew(turn, &tenant, record_type, &subject).await;
                 if let Ok(Renewed { asked: true, expires_in: Some(expires_in), life }) = outcome {
-                    let key = Key::new(&tenant, record_type, &ip.to_string());
+                    let key = Key::new(&tenant, record_type, ip.to_string());
                     let entry = Entry::ahead(key.name, record_type, subject, expires_in, life);
                     let _ = this.0.index.put(&tenant, &[entry]).await;
                 }
@@ -415,7 +415,7 @@ mod tests {
             Ok(Renewed { asked: true, expires_in: Some(HOUR), life: HOUR })
         }
 
-        async fn warm(&self, _: TenantId, _: &[(RecordType, Subject)]) {}
+        async fn warm(&self, _: &Tenant, _: &[(RecordType, Subject)]) {}
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Answer, TestRelay, seen};
 
-const TOKEN: (&str, &str) = ("RELAY_ADMIN_TOKEN", "a-token-of-the-operator");
+pub(crate) const TOKEN: (&str, &str) = ("RELAY_ADMIN_TOKEN", "a-token-of-the-operator");
 
 impl TestRelay {
     pub(crate) async fn administer(
@@ -32,7 +32,7 @@ impl TestRelay {
         Answer { status: head.status, headers: head.headers, body }
     }
 
-    async fn purge(&self, what: &Value) -> StatusCode {
+    pub(crate) async fn purge(&self, what: &Value) -> StatusCode {
         self.administer(Method::POST, "/purge", Some(TOKEN.1), &what.to_string()).await.status
     }
 

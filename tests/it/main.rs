@@ -28,6 +28,7 @@ mod golden;
 mod https;
 mod in_front;
 mod limits;
+mod lost_memory;
 #[cfg(feature = "otel")]
 mod otel;
 mod prefetch;
