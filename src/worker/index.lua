@@ -100,15 +100,14 @@ if ARGV[1] == 'claim' then
   return answer
 end
 
--- 'hottest': ARGV: so many. Answer, per entry: name, resource, subject.
-local all = {}
-for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
-  local entry = load(name)
-  if entry then all[#all + 1] = {name, entry.resource, entry.subject, faded(entry)} end
-end
-table.sort(all, function(a, b) return a[4] > b[4] end)
+-- 'recent': ARGV: from, so many. Of what is on the schedule, because it was asked for more than once, the last to become
+-- due is the first. Answer, per entry: name, resource, subject.
+local from = tonumber(ARGV[2])
 local answer = {}
-for at = 1, math.min(#all, tonumber(ARGV[2])) do
-  for field = 1, 3 do answer[#answer + 1] = all[at][field] end
+for _, name in ipairs(redis.call('ZRANGE', KEYS[2], from, from + tonumber(ARGV[3]) - 1, 'REV')) do
+  local entry = load(name)
+  for _, field in ipairs({name, entry and entry.resource or '', entry and entry.subject or ''}) do
+    answer[#answer + 1] = field
+  end
 end
 return answer

@@ -270,12 +270,12 @@ impl<C: Renew> Worker<C> {
         }
     }
 
-    /// Brings the tenant's hottest answers from Redis into memory, in the background.
+    /// Brings the tenant's recent answers from Redis into memory, in the background.
     fn warm(&self, tenant: &Arc<Tenant>) {
         let (this, tenant) = (self.clone(), Arc::clone(tenant));
         self.0.tasks.spawn(async move {
-            if let Ok(hottest) = this.0.index.hottest(&tenant, WARM).await {
-                this.0.cache.warm(&tenant, &hottest).await;
+            if let Ok(recent) = this.0.index.recent(&tenant, WARM).await {
+                this.0.cache.warm(&tenant, &recent).await;
             }
         });
     }
