@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::Instant;
 
 use super::{policy::Lifetime, reads::Reads, tier::Key};
-use crate::{cyberscan::RecordType, metrics::Rejection, tenant::TenantId};
+use crate::{cyberscan::RecordType, metrics::Rejection};
 
 /// The form's own version. It also changes when answers are read otherwise: what was kept of `R1` may be "not known"
 /// because a proxy said 404.
@@ -61,7 +61,6 @@ pub(super) struct Kept {
     pub(super) lifetime: Lifetime,
     /// The moment the fetch began, on this process's clock.
     pub(super) born: Instant,
-    pub(super) tenant: TenantId,
     pub(super) record_type: RecordType,
     /// Bytes it occupies, all in all.
     pub(super) weight: u32,
@@ -82,7 +81,6 @@ impl<T: Send + Sync + 'static> Entry<T> {
             version: self.version,
             lifetime: self.lifetime,
             born,
-            tenant: key.tenant,
             record_type: key.record_type,
             reads: Arc::default(),
             weight: u32::try_from(weight + SLOT).unwrap_or(u32::MAX),

@@ -160,10 +160,24 @@ struct Stamp {
     untold: u64,
 }
 
+/// All stamps.
+#[derive(Clone, Default)]
+struct Stamps {
+    of: HashMap<Scope, Stamp>,
+    /// Whether digests are worth their while.
+    observables: bool,
+}
+
+impl Stamps {
+    fn version(&self, scope: Scope) -> u64 {
+        self.of.get(&scope).map_or(0, |stamp| stamp.version)
+    }
+}
+
 /// What this process knows of purges, and the clock they are told by.
 pub struct Order {
     clock: VersionClock,
-    stamps: Live<HashMap<Scope, Stamp>>,
+    stamps: Live<Stamps>,
     writing: Mutex<()>,
     /// What digests are made with: the first one for our purges, all for what others purged.
     digests: Live<Vec<hmac::Key>>,
@@ -194,7 +208,7 @@ pub struct Telling {
 impl Default for Order {
     fn default() -> Self {
         let (clock, digests) = (VersionClock::default(), Live::new(vec![digest_key(&[])]));
-        let (stamps, doubted_until) = (Live::new(HashMap::new()), AtomicU64::new(0));
+        let (stamps, doubted_until) = (Live::new(Stamps::default()), AtomicU64::new(0));
         Self { clock, stamps, writing: Mutex::default(), digests, doubted_until }
     }
 }
@@ -223,14 +237,14 @@ impl Order {
     #[must_use]
     pub fn purged_before(&self, key: &Key) -> u64 {
         let stamps = self.stamps.get();
-        if stamps.is_empty() {
+        if stamps.of.is_empty() {
             return 0;
         }
-        let of = |scope: Scope| stamps.get(&scope).map_or(0, |stamp| stamp.version);
-        let mut latest = of(Scope::All).max(of(Scope::Tenant(key.label))).max(of(Scope::Revoked(key.label)));
-        if stamps.keys().any(|scope| matches!(scope, Scope::Observable(_))) {
+        let scopes = [Scope::All, Scope::Tenant(key.label), Scope::Revoked(key.label)];
+        let mut latest = scopes.map(|scope| stamps.version(scope)).into_iter().max().unwrap_or(0);
+        if stamps.observables {
             for digests in self.digests.get().iter() {
-                latest = latest.max(of(Scope::Observable(digest(digests, &key.subject))));
+                latest = latest.max(stamps.version(Scope::Observable(digest(digests, &key.subject))));
             }
         }
         latest
@@ -239,13 +253,13 @@ impl Order {
     /// The last version at which the key of the tenant of that name was refused.
     #[must_use]
     pub fn revoked_before(&self, label: Name) -> u64 {
-        self.stamps.get().get(&Scope::Revoked(label)).map_or(0, |stamp| stamp.version)
+        self.stamps.get().version(Scope::Revoked(label))
     }
 
     /// Nothing of `scope` up to `version` may be served, whether the tier hears of it or not.
     pub fn purge(&self, scope: Scope, version: u64) {
         let _writing = self.writing();
-        let mut stamps = HashMap::clone(&self.stamps.get());
+        let mut stamps = self.stamps.get().of.clone();
         let stamp = stamps.entry(scope).or_default();
         (stamp.version, stamp.untold) = (stamp.version.max(version), stamp.untold.max(version));
         self.put(stamps);
@@ -254,7 +268,7 @@ impl Order {
     /// What the tier is to be told of `scope`; `None` where nothing was purged or the clocks were not compared yet.
     #[must_use]
     pub fn telling(&self, scope: Scope) -> Option<Telling> {
-        let Stamp { told, untold, .. } = self.stamps.get().get(&scope).copied()?;
+        let Stamp { told, untold, .. } = self.stamps.get().of.get(&scope).copied()?;
         let shared = if untold == 0 { told } else { self.clock.shared(untold)?.max(told) };
         Some(Telling { scope, own: untold, shared })
     }
@@ -262,20 +276,22 @@ impl Order {
     /// Whether the tier has yet to be told of anything.
     #[must_use]
     pub fn is_untold(&self) -> bool {
-        self.stamps.get().values().any(|stamp| stamp.untold > 0)
+        self.stamps.get().of.values().any(|stamp| stamp.untold > 0)
     }
 
     /// The tier has been told; what was purged since, it was not.
-    pub fn told(&self, telling: Telling) {
+    pub fn told(&self, tellings: &[Telling]) {
         let _writing = self.writing();
-        let mut stamps = HashMap::clone(&self.stamps.get());
-        if let Some(stamp) = stamps.get_mut(&telling.scope) {
-            stamp.told = stamp.told.max(telling.shared);
-            if stamp.untold == telling.own {
-                stamp.untold = 0;
+        let mut stamps = self.stamps.get().of.clone();
+        for telling in tellings {
+            if let Some(stamp) = stamps.get_mut(&telling.scope) {
+                stamp.told = stamp.told.max(telling.shared);
+                if stamp.untold == telling.own {
+                    stamp.untold = 0;
+                }
             }
         }
-        self.stamps.set(stamps);
+        self.put(stamps);
     }
 
     /// The clocks have been set. From now on, and for as long as others may not have noticed, what is not known yet counts
@@ -284,16 +300,16 @@ impl Order {
         let _writing = self.writing();
         let (now, noticed) = (self.clock.now(), 5 * micros(TOLERANCE));
         self.doubted_until.fetch_max(now.saturating_add(noticed), Ordering::Relaxed);
-        let mut stamps = HashMap::clone(&self.stamps.get());
+        let mut stamps = self.stamps.get().of.clone();
         stamps.values_mut().for_each(|stamp| stamp.untold = stamp.version);
-        self.stamps.set(stamps);
+        self.put(stamps);
     }
 
     /// Another replica tells of a purge, with the fleet's `version`. Answers the version of this process that it comes to,
     /// unless that was known.
     pub fn hear(&self, scope: Scope, version: u64) -> Option<u64> {
         let _writing = self.writing();
-        let mut stamps = HashMap::clone(&self.stamps.get());
+        let mut stamps = self.stamps.get().of.clone();
         let new = self.take(&mut stamps, scope, version);
         self.put(stamps);
         new
@@ -302,7 +318,7 @@ impl Order {
     /// Takes over all stamps the tier has, which are `shared`.
     pub fn learn(&self, shared: &[(Scope, u64)]) -> Learned {
         let _writing = self.writing();
-        let mut stamps = HashMap::clone(&self.stamps.get());
+        let mut stamps = self.stamps.get().of.clone();
         let mut learned = Learned::default();
         for (scope, version) in shared {
             if let Some(own) = self.take(&mut stamps, *scope, *version) {
@@ -314,7 +330,7 @@ impl Order {
         let telling = |scope: &Scope| self.telling(*scope);
         let lacks =
             |telling: &Telling| shared.get(&telling.scope).is_none_or(|there| *there < telling.shared);
-        learned.lacking = self.stamps.get().keys().filter_map(telling).filter(lacks).collect();
+        learned.lacking = self.stamps.get().of.keys().filter_map(telling).filter(lacks).collect();
         learned
     }
 
@@ -336,32 +352,36 @@ impl Order {
         (own > known.version).then_some(own)
     }
 
-    /// Makes `stamps` those in force. Beyond [`STAMPS`] the oldest goes: a refusal is asked for again anyway, of everything
+    /// Makes `stamps` those in force. Beyond [`STAMPS`] the oldest go: a refusal is asked for again anyway, of everything
     /// else as much is purged as is needed to be sure.
     fn put(&self, mut stamps: HashMap<Scope, Stamp>) {
-        while stamps.len() > STAMPS {
-            let oldest = stamps.iter().filter(|(scope, _)| **scope != Scope::All);
-            let Some((scope, stamp)) = oldest.min_by_key(|(_, stamp)| stamp.version).map(|(a, b)| (*a, *b))
-            else {
-                break;
-            };
-            stamps.remove(&scope);
-            if !matches!(scope, Scope::Revoked(_)) {
-                let all = stamps.entry(Scope::All).or_default();
-                *all = Stamp {
-                    version: all.version.max(stamp.version),
-                    told: all.told.max(stamp.told),
-                    untold: all.untold.max(stamp.version),
-                };
+        if stamps.len() > STAMPS {
+            let mut all = stamps.remove(&Scope::All).unwrap_or_default();
+            let mut oldest: Vec<(Scope, Stamp)> =
+                stamps.iter().map(|(scope, stamp)| (*scope, *stamp)).collect();
+            oldest.sort_unstable_by_key(|(_, stamp)| stamp.version);
+            for (scope, stamp) in oldest.into_iter().take(stamps.len() + 1 - STAMPS) {
+                stamps.remove(&scope);
+                if !matches!(scope, Scope::Revoked(_)) {
+                    all = Stamp {
+                        version: all.version.max(stamp.version),
+                        told: all.told.max(stamp.told),
+                        untold: all.untold.max(stamp.version),
+                    };
+                }
+            }
+            if all.version > 0 {
+                stamps.insert(Scope::All, all);
             }
         }
-        self.stamps.set(stamps);
+        let observables = stamps.keys().any(|scope| matches!(scope, Scope::Observable(_)));
+        self.stamps.set(Stamps { of: stamps, observables });
     }
 
     /// How many stamps there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.stamps.get().len()
+        self.stamps.get().of.len()
     }
 
     /// Whether nothing was ever purged.
@@ -373,7 +393,7 @@ impl Order {
     /// All stamps, for tests that compare replicas.
     #[cfg(test)]
     pub(super) fn all(&self) -> HashMap<Scope, u64> {
-        self.stamps.get().iter().map(|(scope, stamp)| (*scope, stamp.version)).collect()
+        self.stamps.get().of.iter().map(|(scope, stamp)| (*scope, stamp.version)).collect()
     }
 
     /// Held for changes to a map that is replaced as a whole; poison says nothing.

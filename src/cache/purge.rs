@@ -73,19 +73,12 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         }
     }
 
-    /// What was purged is served no more, and need not take up memory. What was purged about an observable is not looked
-    /// for: it is little.
+    /// What was purged is served no more, and need not take up memory. Of wide purges that is worth a look at all there is;
+    /// the rest goes as it would have gone.
     fn make_room(&self, scope: Scope, version: u64) {
-        let purged = move |label: Option<Name>| match scope {
-            Scope::All => true,
-            Scope::Tenant(of) | Scope::Revoked(of) => label == Some(of),
-            Scope::Observable(_) => false,
-        };
-        if !matches!(scope, Scope::Observable(_)) {
+        if scope == Scope::All {
             // Fails only where such predicates are not supported; the cache was built with them.
-            let _ = self.0.memory.invalidate_entries_if(move |_, kept| {
-                kept.version <= version && purged((scope != Scope::All).then(|| kept.tenant.label()))
-            });
+            let _ = self.0.memory.invalidate_entries_if(move |_, kept| kept.version <= version);
         }
     }
 }

@@ -270,7 +270,7 @@ impl FakeTier {
         let lacking = !learned.lacking.is_empty();
         for telling in learned.lacking {
             state.stamps.insert(telling.scope, telling.shared);
-            self.order.told(telling);
+            self.order.told(&[telling]);
         }
         if lacking {
             self.happened(state, Happened::Stamps);
@@ -405,7 +405,7 @@ impl SharedTier for FakeTier {
         let there = state.stamps.entry(scope).or_insert(0);
         *there = telling.shared.max(*there);
         self.happened(&mut state, Happened::Purged(scope, telling.shared));
-        self.order.told(telling);
+        self.order.told(&[telling]);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 -- The clock of the fleet: Redis's own, and so far ahead of it as it takes never to go back, whatever is done to that.
 -- KEYS: the clock. ARGV: a name for a Redis that has none yet, the latest time a replica knows of (microseconds; 0: none).
--- Answer: the name, by which a Redis that lost its memory is told; Redis's own time in ms; what the clock would have
--- shown by itself, and what it shows.
+-- Answer: the name, by which a Redis that lost its memory is told; what the clock would have shown by itself, and what it
+-- shows.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('HSETNX', KEYS[1], 'name', ARGV[1])
@@ -16,4 +16,4 @@ else
   shown = by_itself
 end
 redis.call('HSET', KEYS[1], 'shown', string.format('%.0f', shown))
-return {kept[1], string.format('%.0f', now / 1000), string.format('%.0f', by_itself), string.format('%.0f', shown)}
+return {kept[1], string.format('%.0f', by_itself), string.format('%.0f', shown)}

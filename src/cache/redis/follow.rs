@@ -164,7 +164,7 @@ impl RedisTier {
         let known = clock.shared(clock.now()).unwrap_or(0);
         let mut show = self.0.clock.key(CLOCK);
         show.arg(&self.0.replica).arg(known);
-        let (name, now, by_itself, shown): (String, u64, u64, u64) =
+        let (name, by_itself, shown): (String, u64, u64) =
             bounded(show.invoke_async(link), LONGEST_PAUSE).await?;
         if clock.compare(shown) == Compared::Stepped || shown - by_itself.min(shown) > micros(TOLERANCE) {
             info!("a clock was set; what was purged is asked for again");
@@ -176,10 +176,11 @@ impl RedisTier {
             place.exchanged = None;
         }
         place.name = name;
-        let old = now.saturating_sub(millis(HISTORY));
-        let mut trim = cmd("XTRIM");
-        trim.arg(STREAM).arg("MINID").arg("~").arg(old);
-        let _: Value = bounded(trim.query_async(link), LONGEST_PAUSE).await?;
+        if let Some((now, _)) = last.as_deref().map(events::stream_id) {
+            let mut trim = cmd("XTRIM");
+            trim.arg(STREAM).arg("MINID").arg("~").arg(now.saturating_sub(millis(HISTORY)));
+            let _: Value = bounded(trim.query_async(link), LONGEST_PAUSE).await?;
+        }
         if place.exchanged.is_none_or(|last| last.elapsed() >= EXCHANGE) {
             self.exchange(link, hear).await?;
             place.exchanged = Some(Instant::now());
@@ -226,7 +227,7 @@ impl RedisTier {
         for some in learned.lacking.chunks(PAGE / 10) {
             let invocation = self.stamping(some);
             let _: i64 = bounded(invocation.invoke_async(link), LONGEST_PAUSE).await?;
-            some.iter().for_each(|telling| self.0.order.told(*telling));
+            self.0.order.told(some);
         }
         let told = events::event(&self.0.replica, "stamps", "", 0);
         let _: String = bounded(told.query_async(link), LONGEST_PAUSE).await?;

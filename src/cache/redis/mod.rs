@@ -275,7 +275,7 @@ impl SharedTier for RedisTier {
             told.query_async::<String>(&mut link).await
         };
         self.0.redis.run(Operation::Events, tell).await?;
-        self.0.order.told(telling);
+        self.0.order.told(&[telling]);
         Ok(())
     }
 
