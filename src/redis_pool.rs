@@ -304,6 +304,8 @@ struct State {
     closed_until: Option<Instant>,
     complained: Option<Instant>,
     up: Option<bool>,
+    /// Operations, a bit each, that were refused when they were last tried, by a server that answers.
+    refused: u32,
 }
 
 impl Redis {
@@ -374,11 +376,11 @@ impl Redis {
         note(came_to(&outcome));
         match outcome {
             Ok(Ok(Ok(value))) => {
-                self.succeeded();
+                self.succeeded(operation);
                 return Ok(value);
             }
-            Ok(Ok(Err(error))) => self.failed(Some(&error)),
-            Ok(Err(Unavailable)) | Err(_) => self.failed(None),
+            Ok(Ok(Err(error))) => self.failed(operation, Some(&error)),
+            Ok(Err(Unavailable)) | Err(_) => self.failed(operation, None),
         }
         Err(Unavailable)
     }
@@ -402,7 +404,7 @@ impl Redis {
         self.0.pool.snapshot().connect().await
     }
 
-    /// Whether the last operation that was tried worked.
+    /// Whether it answers, and does what it is asked to.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.state().up == Some(true)
@@ -445,20 +447,22 @@ impl Redis {
         }
     }
 
-    fn succeeded(&self) {
+    fn succeeded(&self, operation: Operation) {
         let mut state = self.state();
         state.failures = 0;
         state.silent = 0;
         state.pause = FIRST_PAUSE;
         state.closed_until = None;
-        if state.up.replace(true) != Some(true) {
+        state.refused &= !bit(operation);
+        // One that answers pings and nothing else is not well.
+        if state.refused == 0 && state.up.replace(true) != Some(true) {
             state.complained = None;
             info!("redis answers");
             self.0.metrics.redis_up.set((), 1);
         }
     }
 
-    fn failed(&self, error: Option<&RedisError>) {
+    fn failed(&self, operation: Operation, error: Option<&RedisError>) {
         // A server that cannot write (a replica after a fail-over, one out of memory) still reads. Codes the
         // driver has no name for, such as OOM, MISCONF and NOREPLICAS, are extensions to it.
         let refused = error.is_some_and(|error| match error.kind() {
@@ -480,6 +484,12 @@ impl Redis {
             state.link = None;
             state.silent = 0;
         }
+        if error.is_some_and(refuses) {
+            state.refused |= bit(operation);
+            if state.up.replace(false) != Some(false) {
+                self.0.metrics.redis_up.set((), 0);
+            }
+        }
         if !refused {
             state.failures = state.failures.saturating_add(1);
             if state.failures >= FAILURES {
@@ -495,12 +505,17 @@ impl Redis {
         self.complain(error);
     }
 
-    fn complain(&self, error: Option<&RedisError>) {
+    /// Logs that something could not be done, and the server's word for why.
+    pub(crate) fn complain(&self, error: Option<&RedisError>) {
         let mut state = self.state();
         if state.complained.is_none_or(|last| last.elapsed() >= COMPLAINT) {
             state.complained = Some(Instant::now());
             // The error's class only: its text may quote a command.
-            let reason = error.map_or("no answer in time", |error| error.category());
+            let reason = error.map_or("no answer in time", |error| {
+                let word =
+                    |code: &&str| code.len() <= 20 && code.bytes().all(|byte| byte.is_ascii_uppercase());
+                error.code().filter(word).unwrap_or_else(|| error.category())
+            });
             warn!(reason, "redis is in trouble; the relay goes on without it");
         }
     }
@@ -509,6 +524,16 @@ impl Redis {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn bit(operation: Operation) -> u32 {
+    1 << operation.index()
+}
+
+/// Whether a server that answers says that it will not do such a thing for now: out of memory, not permitted, not the
+/// master, unable to keep it.
+fn refuses(error: &RedisError) -> bool {
+    matches!(error.code(), Some("OOM" | "NOPERM" | "READONLY" | "MISCONF" | "NOREPLICAS"))
 }
 
 /// What an operation came to, for the metrics.
@@ -656,6 +681,35 @@ mod tests {
         let started = Instant::now();
         let ping = |mut link: Link| async move { cmd("PING").query_async::<String>(&mut link).await };
         (redis.run(Operation::Read, ping).await.is_ok(), started.elapsed())
+    }
+
+    #[tokio::test]
+    async fn a_redis_that_refuses_is_not_up_until_it_does_what_it_refused() {
+        let server = crate::redis_server::RedisServer::process(&["--maxmemory-policy", "noeviction"]).await;
+        let redis = Redis::to(&server.url());
+        let set = async || {
+            let set = |mut link: Link| async move {
+                cmd("SET").arg("k").arg("v").query_async::<String>(&mut link).await
+            };
+            redis.run(Operation::Store, set).await.is_ok()
+        };
+        assert!(ping(&redis).await.0 && set().await && redis.is_up());
+        let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "1"]).await;
+        assert!(!set().await && !redis.is_up());
+        assert!(ping(&redis).await.0 && !redis.is_up(), "it answers, and refuses still");
+        // Somebody's key of another kind says nothing about the server.
+        let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "0"]).await;
+        assert!(set().await && redis.is_up());
+        let push = |mut link: Link| async move {
+            cmd("LPUSH").arg("k").arg("v").query_async::<u32>(&mut link).await
+        };
+        assert!(redis.run(Operation::Store, push).await.is_err() && redis.is_up());
+        // Nor is it forgotten by the breaker that it answers.
+        let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "1"]).await;
+        for _ in 0..3 * FAILURES {
+            assert!(!set().await);
+        }
+        assert!(ping(&redis).await.0);
     }
 
     #[tokio::test]

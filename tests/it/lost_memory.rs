@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cyberscan_relay::sandbox::{Call, Rule};
-use http::StatusCode;
+use http::{Method, StatusCode};
 use serde_json::json;
 
 use crate::{
@@ -113,4 +113,34 @@ async fn ten_replicas_ask_for_one_token_and_tell_each_other_little() {
     assert!(told * 5 <= asked, "{told} events for {asked} misses");
     let tokens = relays[0].sandbox.cyberscan.count(Call::Token);
     assert!(tokens <= 2, "{tokens} token calls");
+}
+
+#[tokio::test]
+async fn a_redis_that_refuses_is_degraded_and_what_it_has_is_served_still() {
+    let redis = RedisServer::process(&["--maxmemory-policy", "noeviction"]).await;
+    let relays = replicas(2, &redis).await;
+    let known: Vec<String> = (0..10).map(|_| fresh_ip()).collect();
+    let asked: Vec<(&str, &str)> = known.iter().map(|ip| ("ip", ip.as_str())).collect();
+    let there = redis.values().await.len();
+    relays[0].observe(&asked).await;
+    eventually("values", async || redis.values().await.len() >= there + known.len()).await;
+    let state = async || {
+        let ready = relays[0].administer(Method::GET, "/readyz", None, "").await;
+        (ready.status, ready.json()["redis"].clone())
+    };
+    assert_eq!(state().await, (StatusCode::OK, json!("ok")));
+
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    relays[0].observe(&[("ip", &fresh_ip())]).await;
+    eventually("it is known", async || state().await == (StatusCode::OK, json!("degraded"))).await;
+    assert_eq!(relays[0].series().await["relay_redis_up"], 0.0);
+    tokio::time::sleep(RECOVERY).await;
+    relays[0].sandbox.cyberscan.script(Rule::any().answer(503));
+    let answer = relays[1].observe(&asked).await;
+    assert_eq!((seen(&answer), codes(&answer)), (known.iter().map(String::as_str).collect(), vec![]));
+
+    relays[0].sandbox.cyberscan.clear_script();
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    relays[0].observe(&[("ip", &fresh_ip())]).await;
+    eventually("it is well again", async || state().await == (StatusCode::OK, json!("ok"))).await;
 }

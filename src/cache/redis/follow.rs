@@ -80,12 +80,25 @@ impl RedisTier {
         hear: &(impl Fn(Event) + Send + Sync),
     ) -> Result<Infallible, Unavailable> {
         let mut link = self.0.redis.own_link().await?;
+        let lost = |error: redis::RedisError| {
+            // Connections end now and then; that something is refused has to be known.
+            if !error.is_io_error() {
+                self.0.redis.complain(Some(&error));
+            }
+            Unavailable
+        };
+        let mut looks = 0;
         loop {
-            self.look(&mut link, place, hear).await.map_err(|_| Unavailable)?;
+            let master = self.look(&mut link, place, hear).await.map_err(lost)?;
             self.heard();
+            looks += 1;
+            // It may have been one: elsewhere there may be another. Until then what it has is as good.
+            if !master && looks > 1 {
+                return Err(Unavailable);
+            }
             let looked = Instant::now();
             while looked.elapsed() < LOOK {
-                let asked = self.read_events(&mut link, place, hear).await.map_err(|_| Unavailable)?;
+                let asked = self.read_events(&mut link, place, hear).await.map_err(lost)?;
                 self.heard();
                 if asked {
                     place.exchanged = None;
@@ -151,20 +164,21 @@ impl RedisTier {
         }
     }
 
-    /// Looks whether stream, clock and Redis are those it knows, and compares stamps if they are not.
+    /// Looks whether stream, clock and Redis are those it knows, and compares stamps if they are not. Answers whether it is
+    /// a master.
     async fn look(
         &self,
         link: &mut Link,
         place: &mut Place,
         hear: &(impl Fn(Event) + Send + Sync),
-    ) -> redis::RedisResult<()> {
+    ) -> redis::RedisResult<bool> {
         // In this order: what is told after the end of the stream was read is heard.
         let (first, last) = (self.edge(link, false).await?, self.edge(link, true).await?);
         let clock = self.0.order.clock();
         let known = clock.shared(clock.now()).unwrap_or(0);
         let mut show = self.0.clock.key(CLOCK);
         show.arg(&self.0.replica).arg(known);
-        let (name, by_itself, shown): (String, u64, u64) =
+        let (name, by_itself, shown, follows): (String, u64, u64, u8) =
             bounded(show.invoke_async(link), LONGEST_PAUSE).await?;
         if clock.compare(shown) == Compared::Stepped || shown - by_itself.min(shown) > micros(TOLERANCE) {
             info!("a clock was set; what was purged is asked for again");
@@ -179,13 +193,14 @@ impl RedisTier {
         if let Some((now, _)) = last.as_deref().map(events::stream_id) {
             let mut trim = cmd("XTRIM");
             trim.arg(STREAM).arg("MINID").arg("~").arg(now.saturating_sub(millis(HISTORY)));
-            let _: Value = bounded(trim.query_async(link), LONGEST_PAUSE).await?;
+            // That it may not is no reason not to hear.
+            let _: redis::RedisResult<Value> = bounded(trim.query_async(link), LONGEST_PAUSE).await;
         }
         if place.exchanged.is_none_or(|last| last.elapsed() >= EXCHANGE) {
-            self.exchange(link, hear).await?;
-            place.exchanged = Some(Instant::now());
+            let whole = self.exchange(link, hear).await?;
+            place.exchanged = whole.then(Instant::now);
         }
-        Ok(())
+        Ok(follows == 0)
     }
 
     /// The id of the first or the last event there is.
@@ -197,12 +212,12 @@ impl RedisTier {
         Ok(events::entries(&found).into_iter().next().map(|(id, _)| id))
     }
 
-    /// Reads what was purged, and tells what Redis does not know of it.
+    /// Reads what was purged, and tells what Redis does not know of it. Answers whether it could be told all.
     async fn exchange(
         &self,
         link: &mut Link,
         hear: &(impl Fn(Event) + Send + Sync),
-    ) -> redis::RedisResult<()> {
+    ) -> redis::RedisResult<bool> {
         let mut stamps = Vec::new();
         for from in (0..=STAMPS).step_by(PAGE) {
             let mut range = cmd("ZRANGE");
@@ -221,17 +236,24 @@ impl RedisTier {
             hear(Event::Purged { scope, version });
         }
         if learned.lacking.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         info!(count = learned.lacking.len(), "redis is told what was purged before");
         for some in learned.lacking.chunks(PAGE / 10) {
             let invocation = self.stamping(some);
-            let _: i64 = bounded(invocation.invoke_async(link), LONGEST_PAUSE).await?;
-            self.0.order.told(some);
+            match bounded(invocation.invoke_async::<i64>(link), LONGEST_PAUSE).await {
+                Ok(_) => self.0.order.told(some),
+                Err(error) if error.is_io_error() => return Err(error),
+                // What it has can be read all the same.
+                Err(error) => {
+                    self.0.redis.complain(Some(&error));
+                    return Ok(false);
+                }
+            }
         }
         let told = events::event(&self.0.replica, "stamps", "", 0);
         let _: String = bounded(told.query_async(link), LONGEST_PAUSE).await?;
-        Ok(())
+        Ok(true)
     }
 
     /// The script that notes `tellings` in Redis.
