@@ -700,10 +700,8 @@ mod tests {
         // Somebody's key of another kind says nothing about the server.
         let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "0"]).await;
         assert!(set().await && redis.is_up());
-        let push = |mut link: Link| async move {
-            cmd("LPUSH").arg("k").arg("v").query_async::<u32>(&mut link).await
-        };
-        assert!(redis.run(Operation::Store, push).await.is_err() && redis.is_up());
+        let length = |mut link: Link| async move { cmd("HLEN").arg("k").query_async::<u32>(&mut link).await };
+        assert!(redis.run(Operation::Store, length).await.is_err() && redis.is_up());
         // Nor is it forgotten by the breaker that it answers.
         let _: String = server.ask(&["CONFIG", "SET", "maxmemory", "1"]).await;
         for _ in 0..3 * FAILURES {
