@@ -179,7 +179,10 @@ async fn a_trace_tells_where_the_time_went_and_nothing_that_is_secret() {
             "fetch key set < verify token",
             "look up vulnerabilities < POST /observe/observables",
             "read body < POST /observe/observables",
+            // Whether the key is accepted is kept in Redis as well: read, and claimed by the replica that asks.
+            "redis claim < POST /observe/observables",
             "redis claim < look up vulnerabilities",
+            "redis read < POST /observe/observables",
             "redis read < POST /observe/observables",
             "verify token < POST /observe/observables",
             "wait for limiter < POST /observe/observables",
