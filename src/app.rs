@@ -22,7 +22,7 @@ use crate::{
     limiter::Limiter,
     live::Live,
     metrics::{Listener, Metrics},
-    redis_pool::Redis,
+    redis_pool::{self, Redis},
     reload::Reloads,
     settings::{Fault, Faults, Settings},
     telemetry::LogLevel,
@@ -74,8 +74,11 @@ pub fn prepare(settings: Settings) -> Result<Prepared, Faults> {
     }
     let redis = settings.redis.as_ref().map(|config| Redis::new(config, metrics.clone(), tasks.clone()));
     let redis = redis.transpose();
-    if redis.is_err() {
-        fault("redis.url", "the connection cannot be set up".to_owned());
+    if let Err(error) = &redis {
+        match error.downcast_ref::<redis_pool::FileFault>() {
+            Some(file) => fault(file.setting, format!("{}: {}", file.path.display(), file.reason)),
+            None => fault("redis.url", "the connection cannot be set up".to_owned()),
+        }
     }
     let tls = settings.http.tls.as_ref().map(Pair::load).transpose();
     if let Err(error) = &tls {

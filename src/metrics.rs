@@ -615,8 +615,10 @@ families! {
     redis_operations: Counters<(Operation, RedisOutcome)> = counters("relay_redis_operations_total", ["operation", "outcome"]);
     /// Duration of Redis operations.
     redis_duration: Histograms<(Operation,)> = histograms("relay_redis_operation_duration_seconds", ["operation"], ROUND_TRIPS);
-    /// 1 while Redis answers, or where none is configured.
+    /// 1 while Redis answers and refuses nothing, or where none is configured.
     redis_up: Gauges<()> = gauges("relay_redis_up", []);
+    /// 1 while Redis answers and refuses what it is asked: full, not permitted, not the master.
+    redis_refusing: Gauges<()> = gauges("relay_redis_refusing", []);
     /// Times the configuration was read again, by whether it was accepted.
     config_reloads: Counters<(Success,)> = counters("relay_config_reloads_total", ["outcome"]);
     /// 1 if the configuration that was read last is in force, 0 if it was refused and the one before goes on.

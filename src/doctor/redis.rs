@@ -18,12 +18,10 @@ use super::{Check, Finding};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    redis_pool::{Config, Link, Mode, Redis, Url},
+    redis_pool::{Config, Link, Mode, Redis, Url, tls_fault},
     settings::Settings,
 };
 
-/// The relay's keys begin so.
-const PREFIX: &str = "relay:1:";
 /// The oldest version that has every command: PEXPIRE with GT.
 const OLDEST: (u32, u32) = (7, 0);
 /// Quotas of this length outlive restarts of Redis.
@@ -68,7 +66,7 @@ pub(super) const COMMANDS: &[&str] = &[
 ];
 
 /// What is the relay's own, read only: a user that may not use these keys can do nothing.
-const OWN_KEYS: [&str; 3] = ["relay:1:events", "relay:1:purges", "relay:1:clock"];
+const OWN_KEYS: [&str; 3] = ["events", "purges", "clock"];
 
 /// What there is to say about Redis.
 pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Clock) -> Vec<Finding> {
@@ -126,7 +124,7 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
         }
         own.push(latency(config, &about, &mut link).await);
         own.extend(time(&about, &mut link, clock).await);
-        own.extend(commands(&about, &mut link).await);
+        own.extend(commands(config, &about, &mut link).await);
         own
     };
     match timeout(patience, async { tokio::join!(whole, nodes) }).await {
@@ -172,26 +170,17 @@ fn unreachable(config: &Config, about: &str, error: &RedisError) -> Finding {
     let text = error.to_string();
     let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
     let encrypted = config.urls.iter().any(Url::is_encrypted);
-    if encrypted && has(&["certificate", "UnknownIssuer", "CertNotValid", "CertExpired"]) {
-        let reason = ["UnknownIssuer", "Expired", "NotValidYet", "NotValidForName", "BadSignature"]
-            .into_iter()
-            .find(|reason| text.contains(reason))
-            .unwrap_or("not accepted");
-        let reason = match reason {
-            "UnknownIssuer" => "its authority is unknown here",
-            "Expired" => "it has expired",
-            "NotValidYet" => "it is not yet valid",
-            "NotValidForName" => "it is for another name",
-            other => other,
+    if encrypted && let Some(fault) = tls_fault(error) {
+        let advice = if fault.contains("client certificate") {
+            "set redis.client_certificate and redis.client_key to what it accepts, or tls-auth-clients no there"
+        } else if fault.contains("TLS") {
+            return plain(about);
+        } else {
+            "name the authority's file in redis.ca_file, or have Redis use a certificate for this name"
         };
-        return Finding::bad(
-            Check::RedisTls,
-            about,
-            format!("the certificate is refused: {reason}"),
-            "put the authority into the platform's store, or have Redis use a certificate for this name",
-        );
+        return Finding::bad(Check::RedisTls, about, fault, advice);
     }
-    if encrypted && has(&["corrupt message", "InvalidContentType", "InvalidMessage", "close_notify", "eof"]) {
+    if encrypted && has(&["close_notify", "eof"]) {
         return plain(about);
     }
     match (error.kind(), error.code()) {
@@ -333,10 +322,10 @@ async fn time(about: &str, link: &mut Link, clock: Clock) -> Option<Finding> {
 }
 
 /// Every command once, by the relay's user.
-async fn commands(about: &str, link: &mut Link) -> Vec<Finding> {
+async fn commands(config: &Config, about: &str, link: &mut Link) -> Vec<Finding> {
     let nonce = uuid::Uuid::new_v4().simple().to_string();
     // One hash tag: in a cluster they are on one node, as a value and its lock are.
-    let key = |kind: &str| format!("{PREFIX}{{doctor-{nonce}}}:{kind}");
+    let key = |kind: &str| config.key(&format!("{{doctor-{nonce}}}:{kind}"));
     let mut refused = Refused::default();
     // All at once, and in order: one round trip, however far away it is.
     let asking = COMMANDS.iter().map(|line| {
@@ -351,12 +340,12 @@ async fn commands(about: &str, link: &mut Link) -> Vec<Finding> {
         refused.note(line, error);
     }
     let reading = OWN_KEYS.iter().map(|own| {
-        let mut link = link.clone();
+        let (mut link, key) = (link.clone(), config.key(own));
         async move {
-            let reading: &[&str] = match own.rsplit(':').next() {
-                Some("events") => &["XRANGE", own, "-", "+", "COUNT", "1"],
-                Some("purges") => &["ZCARD", own],
-                _ => &["HLEN", own],
+            let reading: &[&str] = match *own {
+                "events" => &["XRANGE", &key, "-", "+", "COUNT", "1"],
+                "purges" => &["ZCARD", &key],
+                _ => &["HLEN", &key],
             };
             ask::<Value>(&mut link, reading).await.err()
         }
@@ -369,7 +358,7 @@ async fn commands(about: &str, link: &mut Link) -> Vec<Finding> {
     let script = redis::Script::new("return redis.call('PTTL', KEYS[1])");
     let run = script.key(key("V")).invoke_async::<Value>(link).await;
     refused.script = run.err().filter(|error| !refused.covers(error));
-    refused.findings(about)
+    refused.findings(config, about)
 }
 
 /// What was refused, by reason.
@@ -431,7 +420,7 @@ impl Refused {
         }
     }
 
-    fn findings(self, about: &str) -> Vec<Finding> {
+    fn findings(self, config: &Config, about: &str) -> Vec<Finding> {
         let mut findings = Vec::new();
         let list = |names: &[String]| names.join(", ");
         let denied = [self.commands.as_slice(), self.unknown.as_slice()].concat();
@@ -458,13 +447,13 @@ impl Refused {
             Finding::ok(Check::RedisCommands, about, format!("all {} are allowed", COMMANDS.len() + 1))
         });
         findings.push(if self.keys.is_empty() {
-            Finding::ok(Check::RedisKeys, about, format!("may use {PREFIX}*"))
+            Finding::ok(Check::RedisKeys, about, format!("may use {}*", config.key("")))
         } else {
             Finding::bad(
                 Check::RedisKeys,
                 about,
                 format!("the Redis user may not use the relay's keys ({})", list(&self.keys)),
-                "ACL SETUSER <user> ~relay:*",
+                format!("ACL SETUSER <user> ~{}*", config.key_prefix),
             )
         });
         match self.script {

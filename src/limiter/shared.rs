@@ -97,10 +97,18 @@ impl Shared {
         }
     }
 
+    fn hash_key(&self, account: &str) -> String {
+        self.redis.key(&format!("{{{account}}}:quota"))
+    }
+
+    fn pause_key(&self, account: &str) -> String {
+        self.redis.key(&format!("{{{account}}}:pause"))
+    }
+
     /// Takes as many of the calls wanted as all windows allow, in one round trip; none, to see what is used.
     pub(super) async fn take(&self, demand: &Demand<'_>) -> Result<Reply, Unavailable> {
-        let mut invocation = self.take.key(hash_key(demand.account));
-        invocation.key(pause_key(demand.account));
+        let mut invocation = self.take.key(self.hash_key(demand.account));
+        invocation.key(self.pause_key(demand.account));
         let memory = demand.told.memory.unwrap_or_default();
         invocation.arg(demand.calls).arg(demand.reserve).arg(&self.replica);
         invocation.arg(memory.born).arg(memory.at).arg(u8::from(demand.told.away));
@@ -160,14 +168,15 @@ impl Shared {
     /// The name of Redis's memory: another one where it has lost everything since it was asked last.
     pub(super) async fn memory(&self) -> Result<String, Unavailable> {
         let new = random_name();
+        let key = &self.redis.key("memory");
         self.redis
             .run(Operation::Quota, |mut link| async move {
-                let name = cmd("GET").arg(MEMORY_KEY).query_async::<Option<String>>(&mut link).await?;
+                let name = cmd("GET").arg(key).query_async::<Option<String>>(&mut link).await?;
                 if let Some(name) = name {
                     return Ok(name);
                 }
                 let mut set = cmd("SET");
-                set.arg(MEMORY_KEY).arg(&new).arg("NX").arg("EX").arg(86_400);
+                set.arg(key).arg(&new).arg("NX").arg("EX").arg(86_400);
                 set.query_async::<Option<String>>(&mut link).await?;
                 Ok(new)
             })
@@ -177,7 +186,7 @@ impl Shared {
     /// Lets an account go that nobody has used for as long as its `longest` window, after as long again. Whether it
     /// will: otherwise it is in use, or Redis does not answer.
     pub(super) async fn rest(&self, account: &str, longest: Duration) -> bool {
-        let mut invocation = self.rest.key(hash_key(account));
+        let mut invocation = self.rest.key(self.hash_key(account));
         invocation.arg(longest.as_secs());
         let invocation = &invocation;
         let resting = self
@@ -188,7 +197,7 @@ impl Shared {
 
     /// Has all replicas that count the account's calls in Redis leave its CyberScan alone for `pause`.
     pub(super) async fn pause(&self, account: &str, pause: Duration) {
-        let key = pause_key(account);
+        let key = self.pause_key(account);
         let millis = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX).max(1);
         // A pause that is already longer stays.
         let pausing = self.redis.run(Operation::Quota, |mut link| async move {
@@ -219,18 +228,8 @@ fn by_part(calls: &ByPart) -> String {
     })
 }
 
-const MEMORY_KEY: &str = "relay:1:memory";
-
 fn random_name() -> String {
     format!("{:x}", (chance() * (1_u64 << 52) as f64) as u64)
-}
-
-fn hash_key(account: &str) -> String {
-    format!("relay:1:{{{account}}}:quota")
-}
-
-fn pause_key(account: &str) -> String {
-    format!("relay:1:{{{account}}}:pause")
 }
 
 #[cfg(test)]
@@ -247,6 +246,10 @@ pub(super) mod tests {
 
     fn windows(text: &str) -> Vec<Window> {
         text.split(',').map(|window| window.parse().unwrap()).collect()
+    }
+
+    fn hash_key(account: &str) -> String {
+        format!("relay:1:{{{account}}}:quota")
     }
 
     /// Nothing to report.

@@ -192,6 +192,18 @@ pub const KEYS: &[Key] = &[
     list("redis.encryption_key", "32 random bytes in hexadecimal").secret().live(),
     one_of("redis.mode", &["single", "sentinel", "cluster"]),
     value("redis.master_name", "the name Sentinel knows the master by"),
+    value("redis.sentinel_user", "a user's name; empty: the default user").live(),
+    value("redis.sentinel_password", "what logs in to the sentinels; empty: as to the master")
+        .secret()
+        .live(),
+    value("redis.sentinel_tls", "true or false; empty: as the master, whose scheme redis.url has"),
+    value("redis.ca_file", "the path of a file with PEM certificates"),
+    value("redis.client_certificate", "the path of a PEM file with the certificate and those of its issuers"),
+    value("redis.client_key", "the path of a PEM file with the certificate's private key"),
+    value(
+        "redis.key_prefix",
+        "up to 64 visible ASCII characters, none of them a brace, a bracket, a quote, *, ?, ^ or \\, such as relay:",
+    ),
     duration(
         "redis.timeout",
         ms(1),

@@ -122,6 +122,12 @@ impl Display for Faults {
 }
 
 /// The keys of [`Policy`], by kind of record.
+/// What says nothing without a Redis.
+const REDIS_ALONE: [&str; 3] = ["redis.mode", "redis.master_name", "redis.key_prefix"];
+/// What says nothing but with Sentinel.
+const OF_SENTINELS: [&str; 3] = ["redis.sentinel_user", "redis.sentinel_password", "redis.sentinel_tls"];
+/// What says nothing without TLS.
+const OF_TLS: [&str; 3] = ["redis.ca_file", "redis.client_certificate", "redis.client_key"];
 const DOMAIN: [&str; 4] = [
     "cache.domain.fresh",
     "cache.domain.stale_while_revalidate",
@@ -234,6 +240,13 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
         from.list("redis.url", |text| text.parse::<redis_pool::Url>().map_err(|why| Some(why.to_string())));
     let mode = from.value("redis.mode", values::any);
     let master_name = from.value("redis.master_name", values::master_name);
+    let sentinel_user = from.optional("redis.sentinel_user", values::text);
+    let sentinel_password = from.optional("redis.sentinel_password", values::text);
+    let sentinel_tls = from.optional("redis.sentinel_tls", values::any::<bool>);
+    let redis_ca = from.optional("redis.ca_file", values::any::<PathBuf>);
+    let client_certificate = from.optional("redis.client_certificate", values::any::<PathBuf>);
+    let client_key = from.optional("redis.client_key", values::any::<PathBuf>);
+    let key_prefix = from.value("redis.key_prefix", values::key_prefix);
     let redis_timeout = from.duration("redis.timeout");
     let keys = from.list("redis.encryption_key", values::encryption_key);
     let tenant_quota = quotas(from, "limiter.tenant");
@@ -281,6 +294,19 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     {
         from.fault::<()>("redis.url", why);
     }
+    let client = match (client_certificate, client_key) {
+        (Some(Some(certificate)), Some(Some(key))) => Some(Some((certificate, key))),
+        (Some(None), Some(None)) => Some(None),
+        (Some(Some(_)), Some(None)) => {
+            from.fault("redis.client_key", "expected the key's file, because redis.client_certificate is set")
+        }
+        (Some(None), Some(Some(_))) => from.fault(
+            "redis.client_certificate",
+            "expected the certificate's file, because redis.client_key is set",
+        ),
+        (None, _) | (_, None) => None,
+    };
+    let files = redis_ca.zip(client).map(|(authorities, client)| redis_pool::Files { authorities, client });
     if let Some(Some(path)) = &extra_ca_file
         && let Err(why) = egress::tls::extra_roots(path)
     {
@@ -369,8 +395,19 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             },
             redis: {
                 let (urls, mode, timeout) = (urls?, mode?, redis_timeout?);
-                let master_name = master_name?;
-                (!urls.is_empty()).then_some(redis_pool::Config { urls, mode, master_name, timeout })
+                let (user, password) = (sentinel_user?, sentinel_password?.map(secrecy::SecretString::from));
+                let said = user.is_some() || password.is_some();
+                let config = redis_pool::Config {
+                    mode,
+                    timeout,
+                    master_name: master_name?,
+                    sentinel_login: said.then_some(redis_pool::Login { user, password }),
+                    sentinel_tls: sentinel_tls?,
+                    files: files?,
+                    key_prefix: key_prefix?,
+                    urls,
+                };
+                (!config.urls.is_empty()).then_some(config)
             },
             http: http::Config {
                 connections: http::server::Config {
@@ -532,13 +569,26 @@ fn odd(settings: &Settings, from: &Reader, connect_timeout: Duration) -> Vec<Fau
         }
     }
     match &settings.redis {
-        Some(_) => {}
+        Some(redis) => {
+            let encrypted =
+                redis.urls.iter().any(redis_pool::Url::is_encrypted) || redis.sentinel_tls == Some(true);
+            for (keys, why, unused) in [
+                (&OF_SENTINELS, "redis.mode is not sentinel", redis.mode != redis_pool::Mode::Sentinel),
+                (&OF_TLS, "redis.url is not rediss://", !encrypted),
+            ] {
+                for key in keys.iter().filter(|key| unused && !from.is_default(key)) {
+                    say(key, format!("is without effect: {why}"));
+                }
+            }
+        }
         None => {
             if !settings.cache.encryption_keys.is_empty() {
                 say("redis.encryption_key", "is without effect: redis.url is not set".to_owned());
             }
-            if !from.is_default("redis.mode") {
-                say("redis.mode", "is without effect: redis.url is not set".to_owned());
+            for key in REDIS_ALONE.iter().chain(&OF_SENTINELS).chain(&OF_TLS) {
+                if !from.is_default(key) {
+                    say(key, "is without effect: redis.url is not set".to_owned());
+                }
             }
         }
     }

@@ -236,6 +236,24 @@ pub(super) fn master_name(text: &str) -> Result<String, Wrong> {
     Ok(text.to_owned())
 }
 
+/// How keys in Redis begin: nothing that means something in a pattern of an ACL, or chooses a cluster's slot.
+pub(super) fn key_prefix(text: &str) -> Result<String, Wrong> {
+    let plain = |byte: u8| byte.is_ascii_graphic() && !b"{}[]*?^\\\"'".contains(&byte);
+    if text.len() > 64 || !text.bytes().all(plain) {
+        return Err(None);
+    }
+    Ok(text.to_owned())
+}
+
+/// A user's name, or a password: any text without control characters.
+pub(super) fn text(text: &str) -> Result<String, Wrong> {
+    if text.chars().any(char::is_control) {
+        Err(Some("no control characters".to_owned()))
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
 /// The content of a file that settings name: text of at most `most` bytes. Not of what is no regular file: it could
 /// not be read again, or wait for ever.
 pub(super) fn file(path: &Path, most: u64) -> Result<String, String> {

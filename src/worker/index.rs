@@ -351,7 +351,7 @@ impl Shared {
         let mut standings = Vec::with_capacity(entries.len());
         for some in entries.chunks(PAGE) {
             let mut invocation = self.script.prepare_invoke();
-            for key in keys(tenant) {
+            for key in self.keys(tenant) {
                 invocation.key(key);
             }
             invocation.arg("put").arg(most).arg(millis(KEPT));
@@ -382,7 +382,7 @@ impl Shared {
 
     async fn claim(&self, tenant: &Tenant, most: usize, lease: Duration) -> Result<Claimed, Unavailable> {
         let mut invocation = self.script.prepare_invoke();
-        for key in keys(tenant) {
+        for key in self.keys(tenant) {
             invocation.key(key);
         }
         invocation.arg("claim").arg(most).arg(millis(lease));
@@ -413,7 +413,7 @@ impl Shared {
         let (seal, mut recent) = (Seal::of(tenant), Vec::new());
         for from in (0..most).step_by(PAGE) {
             let mut invocation = self.script.prepare_invoke();
-            for key in keys(tenant) {
+            for key in self.keys(tenant) {
                 invocation.key(key);
             }
             invocation.arg("recent").arg(from).arg(PAGE.min(most - from));
@@ -429,6 +429,12 @@ impl Shared {
         Ok(recent)
     }
 
+    /// The hash of entries and the schedule, on one node of a cluster.
+    fn keys(&self, tenant: &Tenant) -> [String; 2] {
+        let label = tenant.label();
+        ["e", "d"].map(|kind| self.redis.key(&format!("{{idx:{label}}}:{kind}")))
+    }
+
     async fn ask(
         &self,
         invocation: &deadpool_redis::redis::ScriptInvocation<'_>,
@@ -437,12 +443,6 @@ impl Shared {
             .run(Operation::Schedule, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await
     }
-}
-
-/// The hash of entries and the schedule, on one node of a cluster.
-fn keys(tenant: &Tenant) -> [String; 2] {
-    let label = tenant.label();
-    [format!("relay:1:{{idx:{label}}}:e"), format!("relay:1:{{idx:{label}}}:d")]
 }
 
 /// Seals what entries are about with a key derived from the tenant's.

@@ -33,6 +33,7 @@ mod lost_memory;
 mod otel;
 mod prefetch;
 mod proxies;
+mod redis_as_run;
 mod redis_trouble;
 mod reload;
 mod whatever_is_accepted;

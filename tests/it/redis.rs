@@ -16,6 +16,8 @@ use std::{
 use deadpool_redis::redis::{
     AsyncConnectionConfig, Client, FromRedisValue, InfoDict, RedisResult, aio::MultiplexedConnection, cmd,
 };
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use testcontainers::{
     ContainerAsync, GenericImage, ImageExt,
     core::{IntoContainerPort, WaitFor},
@@ -77,20 +79,35 @@ impl RedisServer {
 
     /// A Sentinel that alone decides who is the master.
     pub(crate) async fn sentinel(master_name: &str, master: u16) -> Self {
+        Self::sentinel_with(master_name, master, "", &[]).await
+    }
+
+    /// A Sentinel with more lines of configuration, and arguments.
+    pub(crate) async fn sentinel_with(
+        master_name: &str,
+        master: u16,
+        lines: &str,
+        arguments: &[&str],
+    ) -> Self {
         let configuration = format!(
             "sentinel monitor {master_name} 127.0.0.1 {master} 1\n\
              sentinel down-after-milliseconds {master_name} 500\n\
-             sentinel failover-timeout {master_name} 3000\n"
+             sentinel failover-timeout {master_name} 3000\n{lines}\n"
         );
-        Self::launch(&[], Some(&configuration)).await
+        Self::launch(arguments, Some(&configuration)).await
     }
 
     /// Three masters that share the slots, as one cluster.
     pub(crate) async fn cluster() -> [Self; 3] {
+        Self::cluster_of(async |arguments: &[&str]| Self::process(arguments).await).await
+    }
+
+    /// Three masters as one cluster, each started by `start` with these arguments and others.
+    pub(crate) async fn cluster_of(start: impl AsyncFn(&[&str]) -> Self) -> [Self; 3] {
         let node = async || {
             let port = free_port().to_string();
             let options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port"];
-            Self::process(&[&options[..], &[&port]].concat()).await
+            start(&[&options[..], &[&port]].concat()).await
         };
         let nodes = [node().await, node().await, node().await];
         let slots = [("0", "5460"), ("5461", "10922"), ("10923", "16383")];
@@ -99,8 +116,9 @@ impl RedisServer {
             node.ask::<()>(&["CLUSTER", "ADDSLOTSRANGE", first, last]).await;
         }
         for other in &nodes[1..] {
-            let bus = other.process_of().arguments.last().unwrap();
-            nodes[0].ask::<()>(&["CLUSTER", "MEET", "127.0.0.1", &other.port.to_string(), bus]).await;
+            let bus = other.argument("--cluster-port").unwrap();
+            let port = other.argument("--tls-port").unwrap_or_else(|| other.port.to_string());
+            nodes[0].ask::<()>(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).await;
         }
         for node in &nodes {
             eventually("the cluster is complete", async || {
@@ -151,7 +169,8 @@ impl RedisServer {
 
     /// Where it is, for a relay.
     pub(crate) fn url(&self) -> String {
-        let password = self.password.as_ref().map(|password| format!(":{password}@")).unwrap_or_default();
+        let encoded = |password: &String| format!(":{}@", utf8_percent_encode(password, NON_ALPHANUMERIC));
+        let password = self.password.as_ref().map(encoded).unwrap_or_default();
         format!("redis://{password}{}:{}", self.host, self.port)
     }
 
@@ -266,6 +285,13 @@ impl RedisServer {
         assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
     }
 
+    /// What it was started with.
+    pub(crate) fn argument(&self, name: &str) -> Option<String> {
+        let arguments = &self.process_of().arguments;
+        let at = arguments.iter().position(|argument| argument == name)?;
+        arguments.get(at + 1).cloned()
+    }
+
     fn process_of(&self) -> &Process {
         match &self.running {
             Running::Process(process) => process,
@@ -278,6 +304,55 @@ impl RedisServer {
             Running::Process(process) => process,
             Running::Container(_) => panic!("only a process can be treated like that"),
         }
+    }
+}
+
+/// An authority, a certificate for servers here and one for clients, in files.
+pub(crate) struct Authority(tempfile::TempDir);
+
+impl Authority {
+    pub(crate) fn new() -> Self {
+        Self::of(&["localhost", "127.0.0.1"])
+    }
+
+    /// The servers' certificate is for `names`.
+    pub(crate) fn of(names: &[&str]) -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Else it had the name of what it signs, and that looked as if signed by itself.
+        parameters.distinguished_name.push(DnType::CommonName, "an authority");
+        std::fs::write(this.path("ca.pem"), parameters.self_signed(&key).unwrap().pem()).unwrap();
+        let issuer = Issuer::new(parameters, key);
+        for (file, names) in [("server", names), ("client", &["relay"][..])] {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let key = KeyPair::generate().unwrap();
+            let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+            std::fs::write(this.path(&format!("{file}.pem")), certificate.pem()).unwrap();
+            std::fs::write(this.path(&format!("{file}.key")), key.serialize_pem()).unwrap();
+        }
+        this
+    }
+
+    /// `ca.pem`, `server.pem`, `server.key`, `client.pem`, `client.key`.
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// What makes a server speak TLS besides, on a port of its own, with `clients` that show a certificate: `yes`, `no`.
+    pub(crate) fn arguments(&self, clients: &str) -> Vec<String> {
+        let port = free_port().to_string();
+        [
+            ("--tls-port", port),
+            ("--tls-auth-clients", clients.to_owned()),
+            ("--tls-cert-file", self.path("server.pem")),
+            ("--tls-key-file", self.path("server.key")),
+            ("--tls-ca-cert-file", self.path("ca.pem")),
+        ]
+        .into_iter()
+        .flat_map(|(name, value)| [name.to_owned(), value])
+        .collect()
     }
 }
 

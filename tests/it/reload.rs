@@ -316,7 +316,15 @@ async fn a_hang_up_reloads_names_what_needs_a_restart_and_tells_no_secret() {
     // Every setting that needs a restart, and what each may be.
     let restart = KEYS.iter().filter(|key| key.reload != Reload::Live).map(|key| key.name);
     let environment = ["egress.allow_cidrs", "egress.extra_ca_file", "telemetry.otlp_endpoint"];
-    let others = ["listen", "admin.listen", "server.tls.certificate", "server.tls.key"];
+    let others = [
+        "listen",
+        "admin.listen",
+        "server.tls.certificate",
+        "server.tls.key",
+        "redis.ca_file",
+        "redis.client_certificate",
+        "redis.client_key",
+    ];
     let tried: Vec<&str> =
         restart.filter(|key| !environment.contains(key) && !others.contains(key)).collect();
     let mut changes: Vec<(&str, &str)> = tried
@@ -333,6 +341,8 @@ async fn a_hang_up_reloads_names_what_needs_a_restart_and_tells_no_secret() {
                 "redis.url" => "redis://:hunter2@127.0.0.1:1",
                 "redis.mode" => "cluster",
                 "redis.master_name" => "another",
+                "redis.sentinel_tls" => "true",
+                "redis.key_prefix" => "another:",
                 "cache.memory" => "77MiB",
                 "worker.enabled" => "false",
                 "worker.idle" => "77m",

@@ -11,8 +11,6 @@ use crate::{
     tenant::{hex, unhex},
 };
 
-/// The stream.
-pub(super) const STREAM: &str = "relay:1:events";
 /// Events that are kept at most, however young they are.
 const EVENTS: usize = 100_000;
 
@@ -31,20 +29,30 @@ pub(super) enum Heard {
     Paused { tenant: Name, until: u64 },
 }
 
-/// An event of `replica`'s. `number` is a version, a time or what else the kind has a number for.
-pub(super) fn event(replica: &str, kind: &str, name: &str, number: u64) -> redis::Cmd {
-    let mut event = cmd("XADD");
-    event.arg(STREAM).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
-    event.arg("o").arg(replica).arg("t").arg(kind).arg("k").arg(name).arg("v").arg(number);
-    event
+/// Who tells something, and where.
+pub(super) struct Teller {
+    /// The key of the stream.
+    pub(super) stream: String,
+    /// This process, among all that share the Redis.
+    pub(super) replica: String,
 }
 
-/// The event that nobody has a value, where every replica would meet the same failure.
-pub(super) fn failed(replica: &str, name: Name, error: &Error) -> Option<redis::Cmd> {
-    let (code, number) = failure_code(error)?;
-    let mut event = event(replica, "fail", &hex(name), number);
-    event.arg("e").arg(code);
-    Some(event)
+impl Teller {
+    /// `number` is a version, a time or what else the kind has a number for.
+    pub(super) fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
+        let mut event = cmd("XADD");
+        event.arg(&self.stream).arg("MAXLEN").arg("~").arg(EVENTS).arg("*");
+        event.arg("o").arg(&self.replica).arg("t").arg(kind).arg("k").arg(name).arg("v").arg(number);
+        event
+    }
+
+    /// The event that nobody has a value, where every replica would meet the same failure.
+    pub(super) fn failed(&self, name: Name, error: &Error) -> Option<redis::Cmd> {
+        let (code, number) = failure_code(error)?;
+        let mut event = self.event("fail", &hex(name), number);
+        event.arg("e").arg(code);
+        Some(event)
+    }
 }
 
 /// The origin and the content of an event.

@@ -13,7 +13,7 @@ use tracing::info;
 
 use super::{
     RedisTier, bounded,
-    events::{self, Heard, STREAM},
+    events::{self, Heard},
     lock, millis,
 };
 use crate::{
@@ -26,10 +26,6 @@ use crate::{
     tenant::hex,
 };
 
-/// What the fleet's clock is kept by.
-const CLOCK: &str = "relay:1:clock";
-/// What was purged when.
-pub(super) const PURGES: &str = "relay:1:purges";
 /// How long one blocking read of the stream waits; below the driver's own time-out of 500 ms.
 pub(super) const BLOCK: Duration = Duration::from_millis(300);
 /// How often it is looked whether all is as it was.
@@ -81,10 +77,7 @@ impl RedisTier {
     ) -> Result<Infallible, Unavailable> {
         let mut link = self.0.redis.own_link().await?;
         let lost = |error: redis::RedisError| {
-            // Connections end now and then; that something is refused has to be known.
-            if !error.is_io_error() {
-                self.0.redis.complain(Some(&error));
-            }
+            self.0.redis.note_own(Some(&error));
             Unavailable
         };
         let mut looks = 0;
@@ -100,6 +93,7 @@ impl RedisTier {
             while looked.elapsed() < LOOK {
                 let asked = self.read_events(&mut link, place, hear).await.map_err(lost)?;
                 self.heard();
+                self.0.redis.note_own(None);
                 if asked {
                     place.exchanged = None;
                     break;
@@ -117,13 +111,13 @@ impl RedisTier {
     ) -> redis::RedisResult<bool> {
         let mut read = cmd("XREAD");
         read.arg("COUNT").arg(1000).arg("BLOCK").arg(millis(BLOCK));
-        read.arg("STREAMS").arg(STREAM).arg(place.position.as_deref().unwrap_or("0-0"));
+        read.arg("STREAMS").arg(&self.0.teller.stream).arg(place.position.as_deref().unwrap_or("0-0"));
         let batch: Value = bounded(read.query_async(link), BLOCK * 2).await?;
         let mut asked = false;
         for (id, event) in events::of_read(&batch) {
             place.position = Some(id);
             if let Some((origin, heard)) = event.as_ref().and_then(events::parse)
-                && origin != self.0.replica
+                && origin != self.0.teller.replica
             {
                 asked |= heard == Heard::Stamps;
                 self.pass_on(heard, hear);
@@ -176,8 +170,8 @@ impl RedisTier {
         let (first, last) = (self.edge(link, false).await?, self.edge(link, true).await?);
         let clock = self.0.order.clock();
         let known = clock.shared(clock.now()).unwrap_or(0);
-        let mut show = self.0.clock.key(CLOCK);
-        show.arg(&self.0.replica).arg(known);
+        let mut show = self.0.clock.key(&self.0.shown);
+        show.arg(&self.0.teller.replica).arg(known);
         let (name, by_itself, shown, follows): (String, u64, u64, u8) =
             bounded(show.invoke_async(link), LONGEST_PAUSE).await?;
         if clock.compare(shown) == Compared::Stepped || shown - by_itself.min(shown) > micros(TOLERANCE) {
@@ -192,7 +186,7 @@ impl RedisTier {
         place.name = name;
         if let Some((now, _)) = last.as_deref().map(events::stream_id) {
             let mut trim = cmd("XTRIM");
-            trim.arg(STREAM).arg("MINID").arg("~").arg(now.saturating_sub(millis(HISTORY)));
+            trim.arg(&self.0.teller.stream).arg("MINID").arg("~").arg(now.saturating_sub(millis(HISTORY)));
             // That it may not is no reason not to hear.
             let _: redis::RedisResult<Value> = bounded(trim.query_async(link), LONGEST_PAUSE).await;
         }
@@ -207,7 +201,7 @@ impl RedisTier {
     async fn edge(&self, link: &mut Link, last: bool) -> redis::RedisResult<Option<String>> {
         let (command, from, to) = if last { ("XREVRANGE", "+", "-") } else { ("XRANGE", "-", "+") };
         let mut range = cmd(command);
-        range.arg(STREAM).arg(from).arg(to).arg("COUNT").arg(1);
+        range.arg(&self.0.teller.stream).arg(from).arg(to).arg("COUNT").arg(1);
         let found: Value = bounded(range.query_async(link), LONGEST_PAUSE).await?;
         Ok(events::entries(&found).into_iter().next().map(|(id, _)| id))
     }
@@ -221,7 +215,7 @@ impl RedisTier {
         let mut stamps = Vec::new();
         for from in (0..=STAMPS).step_by(PAGE) {
             let mut range = cmd("ZRANGE");
-            range.arg(PURGES).arg(from).arg(from + PAGE - 1).arg("WITHSCORES");
+            range.arg(&self.0.purges).arg(from).arg(from + PAGE - 1).arg("WITHSCORES");
             let page: Vec<(String, f64)> = bounded(range.query_async(link), LONGEST_PAUSE).await?;
             let whole = page.len() < PAGE;
             // Versions are whole numbers below 2^53.
@@ -251,14 +245,14 @@ impl RedisTier {
                 }
             }
         }
-        let told = events::event(&self.0.replica, "stamps", "", 0);
+        let told = self.0.teller.event("stamps", "", 0);
         let _: String = bounded(told.query_async(link), LONGEST_PAUSE).await?;
         Ok(true)
     }
 
     /// The script that notes `tellings` in Redis.
     pub(super) fn stamping(&self, tellings: &[Telling]) -> redis::ScriptInvocation<'_> {
-        let mut invocation = self.0.stamp.key(PURGES);
+        let mut invocation = self.0.stamp.key(&self.0.purges);
         invocation.arg(STAMPS);
         for telling in tellings {
             invocation.arg(telling.scope.text()).arg(telling.shared);
@@ -295,6 +289,10 @@ mod tests {
     use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
     use super::*;
+    const STREAM: &str = "relay:1:events";
+    const PURGES: &str = "relay:1:purges";
+    const CLOCK: &str = "relay:1:clock";
+
     use crate::{
         cache::{
             order::Order,
@@ -420,7 +418,7 @@ mod tests {
     async fn a_write_that_waited_is_not_made_if_it_was_purged_meanwhile() {
         let server = RedisServer::start().await;
         let one = Replica::of(&server).await;
-        let _: String = server.ask(&["CLIENT", "PAUSE", "1500", "ALL"]).await;
+        let _: String = server.ask(&["CLIENT", "PAUSE", "4000", "ALL"]).await;
         let written = Arc::new(Mutex::new(Vec::new()));
         for name in [1, 2] {
             let (order, purged) = (one.tier.clone(), name == 1);
@@ -436,12 +434,12 @@ mod tests {
         }
         assert!(!one.purge(tenant(1)).await);
         let done = async {
-            while server.ask::<i64>(&["EXISTS", &super::super::value_key(&[2; 16])]).await == 0 {
+            while server.ask::<i64>(&["EXISTS", &one.tier.value_key(&[2; 16])]).await == 0 {
                 sleep(Duration::from_millis(20)).await;
             }
         };
         assert!(timeout(2 * NOTICED, done).await.is_ok(), "what waited was not written");
-        let there: i64 = server.ask(&["EXISTS", &super::super::value_key(&[1; 16])]).await;
+        let there: i64 = server.ask(&["EXISTS", &one.tier.value_key(&[1; 16])]).await;
         assert_eq!(there, 0, "{:?}", written.lock().unwrap());
         assert!(
             timeout(NOTICED, async {

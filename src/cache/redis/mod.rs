@@ -9,6 +9,8 @@
 //! | `relay:1:purges` | what was purged when: scopes, sorted by version |
 //! | `relay:1:clock` | how far the fleet's clock is ahead of Redis's own |
 //!
+//! `relay:` is `redis.key_prefix`.
+//!
 //! The braces keep a value and its lock on one node of a cluster. Values and locks carry a time to live; the others do
 //! not, so that memory pressure (`volatile-*`) never takes them.
 
@@ -34,7 +36,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use self::{follow::BLOCK, pending::Pending};
+use self::{events::Teller, follow::BLOCK, pending::Pending};
 use super::{
     entry::version_text,
     order::{Order, Scope, micros},
@@ -58,8 +60,11 @@ pub struct RedisTier(Arc<Inner>);
 
 struct Inner {
     redis: Redis,
-    /// This process, among all that share the Redis.
-    replica: String,
+    teller: Teller,
+    /// The key of what was purged when.
+    purges: String,
+    /// The key of what the fleet's clock is kept by.
+    shown: String,
     fills: AtomicU64,
     order: Order,
     /// When this process last heard what the others tell, as a version; 0: never.
@@ -84,9 +89,12 @@ impl RedisTier {
     /// The tier that `redis` leads to.
     #[must_use]
     pub fn new(redis: Redis) -> Self {
+        let replica = uuid::Uuid::new_v4().simple().to_string();
         Self(Arc::new(Inner {
+            teller: Teller { stream: redis.key("events"), replica },
+            purges: redis.key("purges"),
+            shown: redis.key("clock"),
             redis,
-            replica: uuid::Uuid::new_v4().simple().to_string(),
             fills: AtomicU64::new(0),
             order: Order::default(),
             heard: AtomicU64::new(0),
@@ -121,8 +129,16 @@ impl RedisTier {
     pub async fn announce_pause(&self, tenant: &str, pause: Duration) {
         let clock = self.0.order.clock();
         if let Some(until) = clock.shared(clock.now().saturating_add(micros(pause))) {
-            let _ = self.announce(self.event("pause", tenant, until)).await;
+            let _ = self.announce(self.0.teller.event("pause", tenant, until)).await;
         }
+    }
+
+    fn value_key(&self, name: &Name) -> String {
+        self.0.redis.key(&format!("{{{}}}:v", hex(*name)))
+    }
+
+    fn lock_key(&self, name: &Name) -> String {
+        self.0.redis.key(&format!("{{{}}}:l", hex(*name)))
     }
 
     /// The others have been heard just now.
@@ -134,10 +150,6 @@ impl RedisTier {
     fn hears(&self) -> bool {
         let heard = self.0.heard.load(Ordering::Relaxed);
         heard > 0 && self.0.order.clock().age(heard) < HEARD
-    }
-
-    fn event(&self, kind: &str, name: &str, number: u64) -> redis::Cmd {
-        events::event(&self.0.replica, kind, name, number)
     }
 
     async fn announce(&self, event: redis::Cmd) -> Result<(), Unavailable> {
@@ -159,10 +171,10 @@ impl RedisTier {
             }
             return Ok(());
         };
-        let mut invocation = self.0.store.key(value_key(&write.name));
-        invocation.key(lock_key(&write.name)).arg(write.owner.as_deref().unwrap_or_default());
+        let mut invocation = self.0.store.key(self.value_key(&write.name));
+        invocation.key(self.lock_key(&write.name)).arg(write.owner.as_deref().unwrap_or_default());
         invocation.arg(version_text(version)).arg(value).arg(millis(life)).arg(version_text(horizon));
-        let told = self.event("set", &hex(write.name), version);
+        let told = self.0.teller.event("set", &hex(write.name), version);
         let writing = |mut link: Link| async move {
             if invocation.invoke_async::<u8>(&mut link).await? == 1 {
                 told.query_async::<String>(&mut link).await?;
@@ -215,7 +227,7 @@ impl SharedTier for RedisTier {
         }
         let mut read = cmd("MGET");
         for name in names {
-            read.arg(value_key(name));
+            read.arg(self.value_key(name));
         }
         self.0.redis.run(Operation::Read, |mut link| async move { read.query_async(&mut link).await }).await
     }
@@ -229,9 +241,9 @@ impl SharedTier for RedisTier {
         // Registered first, so that whatever is told after the look is heard.
         let (teller, told) = oneshot::channel();
         lock(&self.0.waiting).insert(name, teller);
-        let owner = format!("{}-{}", self.0.replica, self.0.fills.fetch_add(1, Ordering::Relaxed));
-        let mut invocation = self.0.claim.key(value_key(&name));
-        invocation.key(lock_key(&name)).arg(&owner).arg(millis(lease));
+        let owner = format!("{}-{}", self.0.teller.replica, self.0.fills.fetch_add(1, Ordering::Relaxed));
+        let mut invocation = self.0.claim.key(self.value_key(&name));
+        invocation.key(self.lock_key(&name)).arg(&owner).arg(millis(lease));
         invocation.arg(version_text(version)).arg(version_text(horizon));
         let claiming = |mut link: Link| async move { invocation.invoke_async(&mut link).await };
         let outcome: Result<(u8, Vec<u8>), Unavailable> = self.0.redis.run(Operation::Claim, claiming).await;
@@ -252,9 +264,9 @@ impl SharedTier for RedisTier {
     }
 
     async fn release(&self, name: Name, owner: String, error: &Error) {
-        let mut invocation = self.0.release.key(lock_key(&name));
+        let mut invocation = self.0.release.key(self.lock_key(&name));
         invocation.arg(owner);
-        let told = events::failed(&self.0.replica, name, error);
+        let told = self.0.teller.failed(name, error);
         let releasing = |mut link: Link| async move {
             let waited = invocation.invoke_async::<u8>(&mut link).await? == 1;
             if let (true, Some(told)) = (waited, told) {
@@ -269,7 +281,7 @@ impl SharedTier for RedisTier {
         // Who does not hear the others may not know what the fleet's clock shows.
         let telling = self.0.order.telling(scope).filter(|_| self.hears()).ok_or(Unavailable)?;
         let invocation = self.stamping(&[telling]);
-        let told = self.event("purge", &scope.text(), telling.shared);
+        let told = self.0.teller.event("purge", &scope.text(), telling.shared);
         let tell = |mut link: Link| async move {
             let _: i64 = invocation.invoke_async(&mut link).await?;
             told.query_async::<String>(&mut link).await
@@ -289,14 +301,6 @@ impl SharedTier for RedisTier {
         };
         let _: Option<Infallible> = Box::pin(shutdown.run_until_cancelled(all)).await;
     }
-}
-
-fn value_key(name: &Name) -> String {
-    format!("relay:1:{{{}}}:v", hex(*name))
-}
-
-fn lock_key(name: &Name) -> String {
-    format!("relay:1:{{{}}}:l", hex(*name))
 }
 
 fn millis(duration: Duration) -> u64 {

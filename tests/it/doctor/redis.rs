@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use cyberscan_relay::doctor::{Check, Report, Severity};
-use rcgen::{CertificateParams, KeyPair};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
@@ -11,7 +10,7 @@ use tokio::{
 };
 
 use super::{World, all, bad, found, warned};
-use crate::redis::{Proxy, RedisServer, eventually, free_port};
+use crate::redis::{Authority, Proxy, RedisServer, eventually};
 
 /// What doctor says of a relay with this Redis.
 async fn with(url: &str, more: &[(&str, &str)]) -> Report {
@@ -200,36 +199,18 @@ async fn an_unreachable_redis_is_reported_with_the_cause() {
     bad(&with("redis://redis.invalid:6379", &[]).await, Check::RedisConnection, "does not resolve");
 }
 
-/// A `redis-server` that speaks TLS with a certificate of its own; its URL, and the certificate.
-async fn encrypted(name: &str) -> (RedisServer, String, String) {
-    let directory = tempfile::tempdir().unwrap().keep();
-    let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
-    let key = KeyPair::generate().unwrap();
-    let certificate = CertificateParams::new([name.to_owned()]).unwrap().self_signed(&key).unwrap().pem();
-    std::fs::write(file("certificate"), &certificate).unwrap();
-    std::fs::write(file("key"), key.serialize_pem()).unwrap();
-    let port = free_port().to_string();
-    let redis = RedisServer::process(&[
-        "--tls-port",
-        &port,
-        "--tls-auth-clients",
-        "no",
-        "--tls-cert-file",
-        &file("certificate"),
-        "--tls-key-file",
-        &file("key"),
-        "--tls-ca-cert-file",
-        &file("certificate"),
-    ])
-    .await;
-    std::fs::remove_dir_all(directory).unwrap();
-    (redis, format!("rediss://localhost:{port}"), certificate)
-}
-
 #[tokio::test]
 async fn a_redis_whose_certificate_is_not_believed_is_reported_and_so_is_one_without_tls() {
-    let (redis, url, certificate) = encrypted("localhost").await;
+    let authority = Authority::of(&["localhost"]);
+    let arguments = authority.arguments("no");
+    let redis = RedisServer::process(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let port = redis.argument("--tls-port").unwrap();
+    let url = format!("rediss://localhost:{port}");
     bad(&with(&url, &[]).await, Check::RedisTls, "authority is unknown");
+    let ca = authority.path("ca.pem");
+    found(&with(&url, &[("RELAY_REDIS_CA_FILE", &ca)]).await, Check::RedisTls, Severity::Ok, "");
+    let elsewhere = format!("rediss://127.0.0.1:{port}");
+    bad(&with(&elsewhere, &[("RELAY_REDIS_CA_FILE", &ca)]).await, Check::RedisTls, "for another name");
     let plain = redis.url().replace("redis://", "rediss://");
     bad(&with(&plain, &[]).await, Check::RedisTls, "does not speak TLS");
     // TLS wanted, and not spoken.
@@ -237,10 +218,8 @@ async fn a_redis_whose_certificate_is_not_believed_is_reported_and_so_is_one_wit
     bad(&with(&spoken_to_in_clear, &[]).await, Check::RedisConnection, "closes the connection");
 
     // The platform's store, as its tools set it.
-    let store = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(store.path(), certificate).unwrap();
     let world = World::start().await;
-    let settings = [("RELAY_REDIS_URL", url.as_str()), ("SSL_CERT_FILE", store.path().to_str().unwrap())];
+    let settings = [("RELAY_REDIS_URL", url.as_str()), ("SSL_CERT_FILE", ca.as_str())];
     let report = world.doctor(&["--json"], &settings).await.json();
     let findings = report["findings"].as_array().unwrap();
     let tls = findings.iter().find(|finding| finding["id"] == Check::RedisTls.id()).unwrap();

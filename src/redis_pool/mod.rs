@@ -1,33 +1,41 @@
 //! Redis, as the rest of the relay sees it: an operation that ends within its time or is
-//! [`Unavailable`]. It owns connections, their time-outs, the breaker and reconnection, for a single
+//! [`Unavailable`]. It owns time-outs, the breaker, reconnection and the prefix of all keys, for a single
 //! server, Sentinel and Cluster alike; it must not know what is stored.
 //!
-//! deadpool-redis makes the connections. Each checkout of it pings, which doubles the round trips,
-//! so the hot path uses a clone of one pooled multiplexed connection and gives it up only when it
-//! breaks. Blocking reads take a connection of their own from the pool.
+//! Connections come from a pool of deadpool ([`connect`]). Each checkout of deadpool-redis's own pings, which doubles
+//! the round trips, so the hot path uses a clone of one multiplexed connection and gives it up only when it
+//! breaks. Blocking reads take a connection of their own.
+
+mod connect;
+mod trouble;
+mod url;
 
 use std::{
-    borrow::Cow,
-    fmt,
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use deadpool_redis::{
-    ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisConnectionInfo, Runtime,
     cluster::ClusterConnection,
     redis::{
         Cmd, ErrorKind, Pipeline, RedisError, RedisFuture, RedisResult, ServerErrorKind, Value,
         aio::{ConnectionLike, MultiplexedConnection},
     },
-    sentinel,
 };
-use percent_encoding::percent_decode_str;
 use tokio::time::{Instant, error::Elapsed, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+use self::{
+    connect::{CONNECT, Pool},
+    trouble::{Complaints, reason, refuses},
+};
+pub use self::{
+    connect::{FileFault, Files},
+    trouble::tls_fault,
+    url::{Login, Mode, NotARedis, Url, fit},
+};
 use crate::{
     flight::Flights,
     live::Live,
@@ -44,210 +52,45 @@ pub struct Config {
     pub mode: Mode,
     /// `redis.master_name`: the name Sentinel knows the master by.
     pub master_name: String,
+    /// `redis.sentinel_user` and `redis.sentinel_password`: who logs in to the sentinels, if it is said.
+    pub sentinel_login: Option<Login>,
+    /// `redis.sentinel_tls`: whether sentinels speak TLS, if it is said; else as the master, whose scheme the URLs have.
+    pub sentinel_tls: Option<bool>,
+    /// Certificates.
+    pub files: Files,
+    /// `redis.key_prefix`: how all keys begin.
+    pub key_prefix: String,
     /// `redis.timeout`: how long one operation may take.
     pub timeout: Duration,
 }
 
-/// What `redis.url` leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// One server.
-    Single,
-    /// Sentinels, who know the master.
-    Sentinel,
-    /// Nodes of a cluster.
-    Cluster,
-}
-
-impl std::str::FromStr for Mode {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "single" => Ok(Self::Single),
-            "sentinel" => Ok(Self::Sentinel),
-            "cluster" => Ok(Self::Cluster),
-            _ => Err(()),
-        }
-    }
-}
-
-/// What a `redis://` or `rediss://` URL says. It may contain a password, so it shows itself nowhere.
-#[derive(Clone, PartialEq)]
-pub struct Url {
-    tls: bool,
-    host: String,
-    port: u16,
-    database: i64,
-    resp3: bool,
-    login: Login,
-}
-
-/// User and password, decoded.
-#[derive(Clone, Default, PartialEq)]
-struct Login {
-    user: Option<String>,
-    password: Option<String>,
-}
-
-impl fmt::Debug for Url {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Url(..)")
-    }
-}
-
-/// Why a text is no URL of Redis. It does not repeat the text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotARedis {
-    /// Another scheme, or none.
-    #[error("it begins with redis:// or, for TLS, rediss://")]
-    Scheme,
-    /// No URL.
-    #[error("host or port cannot be read; @, /, : and # in a password are percent-encoded")]
-    Form,
-    /// User or password are no text.
-    #[error("user or password are not percent-encoded UTF-8")]
-    Login,
-    /// The path is no number.
-    #[error("the path is the number of a database: /0")]
-    Database,
-    /// A parameter nobody knows.
-    #[error("of parameters there is only protocol=resp2 or protocol=resp3")]
-    Parameter,
-    /// `#insecure`, for instance.
-    #[error("no # in it; certificates are always verified")]
-    Fragment,
-}
-
-/// The one reader of such URLs, whatever they lead to.
-impl std::str::FromStr for Url {
-    type Err = NotARedis;
-
-    fn from_str(text: &str) -> Result<Self, NotARedis> {
-        let (scheme, _) = text.split_once("://").ok_or(NotARedis::Scheme)?;
-        let tls = match scheme.to_ascii_lowercase().as_str() {
-            "redis" => false,
-            "rediss" => true,
-            _ => return Err(NotARedis::Scheme),
-        };
-        if text.contains('#') {
-            return Err(NotARedis::Fragment);
-        }
-        let url = url::Url::parse(text).map_err(|_| NotARedis::Form)?;
-        let decoded = |text: &str| {
-            percent_decode_str(text).decode_utf8().map(Cow::into_owned).map_err(|_| NotARedis::Login)
-        };
-        // Of a scheme it does not know the parser takes nearly anything for a host.
-        let host = url.host_str().map(url::Host::parse).and_then(Result::ok).ok_or(NotARedis::Form)?;
-        let host = match host {
-            url::Host::Domain(name) => name,
-            url::Host::Ipv4(ip) => ip.to_string(),
-            url::Host::Ipv6(ip) => ip.to_string(),
-        };
-        let port = url.port().unwrap_or(6379);
-        if port == 0 {
-            return Err(NotARedis::Form);
-        }
-        let database = match url.path().trim_matches('/') {
-            "" => 0,
-            digits if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
-                digits.parse::<u16>().map_err(|_| NotARedis::Database)?.into()
-            }
-            _ => return Err(NotARedis::Database),
-        };
-        let mut resp3 = false;
-        for (name, value) in url.query_pairs() {
-            resp3 = match (&*name, &*value) {
-                ("protocol", "2" | "resp2") => false,
-                ("protocol", "3" | "resp3") => true,
-                _ => return Err(NotARedis::Parameter),
-            };
-        }
-        let user = (!url.username().is_empty()).then(|| decoded(url.username())).transpose()?;
-        let password = url.password().filter(|text| !text.is_empty()).map(decoded).transpose()?;
-        Ok(Self { tls, host, port, database, resp3, login: Login { user, password } })
-    }
-}
-
-impl Url {
-    /// For the driver; of Sentinel's own connections the database and of nobody else's is left out.
-    fn connection(&self) -> ConnectionInfo {
-        let (host, port) = (self.host.clone(), self.port);
-        let addr = if self.tls {
-            ConnectionAddr::TcpTls { host, port, insecure: false }
-        } else {
-            ConnectionAddr::Tcp(host, port)
-        };
-        ConnectionInfo { addr, redis: self.settings() }
-    }
-
-    fn settings(&self) -> RedisConnectionInfo {
-        let Login { user, password } = self.login.clone();
-        let protocol = if self.resp3 { ProtocolVersion::RESP3 } else { ProtocolVersion::RESP2 };
-        RedisConnectionInfo { db: self.database, username: user, password, protocol }
-    }
-
-    /// The same, whoever logs in.
+impl Config {
+    /// One server at `url`, with the defaults of everything else.
     #[must_use]
-    pub fn without_login(&self) -> Self {
-        Self { login: Login::default(), ..self.clone() }
+    pub fn single(url: Url, timeout: Duration) -> Self {
+        Self {
+            urls: vec![url],
+            mode: Mode::Single,
+            master_name: String::new(),
+            sentinel_login: None,
+            sentinel_tls: None,
+            files: Files::default(),
+            key_prefix: KEY_PREFIX.to_owned(),
+            timeout,
+        }
+    }
+
+    /// The key called `name`, as it stands in Redis.
+    #[must_use]
+    pub fn key(&self, name: &str) -> String {
+        [&self.key_prefix, FORM, name].concat()
     }
 }
 
-/// Whether `urls` can be used together in `mode`.
-///
-/// # Errors
-/// Why they cannot.
-pub fn fit(urls: &[Url], mode: Mode) -> Result<(), &'static str> {
-    let Some((first, others)) = urls.split_first() else { return Ok(()) };
-    match mode {
-        Mode::Single if !others.is_empty() => {
-            Err("expected one URL in mode single; several are for redis.mode sentinel or cluster")
-        }
-        Mode::Cluster if urls.iter().any(|url| url.database != 0) => {
-            Err("expected no database: a cluster has none but 0")
-        }
-        Mode::Sentinel | Mode::Cluster
-            if others.iter().any(|url| url.login != first.login || url.tls != first.tls) =>
-        {
-            Err("expected the same user, password and scheme in all URLs")
-        }
-        Mode::Sentinel if others.iter().any(|url| url.database != first.database) => {
-            Err("expected the same database in all URLs: it is the master's")
-        }
-        Mode::Single | Mode::Sentinel | Mode::Cluster => Ok(()),
-    }
-}
-
-impl Url {
-    /// Where it leads: host and port, nothing else.
-    #[must_use]
-    pub fn place(&self) -> String {
-        match self.host.contains(':') {
-            true => format!("[{}]:{}", self.host, self.port),
-            false => format!("{}:{}", self.host, self.port),
-        }
-    }
-
-    /// Whether it leads to this machine itself.
-    #[must_use]
-    pub fn is_local(&self) -> bool {
-        let address = self.host.parse::<std::net::IpAddr>();
-        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
-    }
-
-    /// Whether it asks for TLS.
-    #[must_use]
-    pub fn is_encrypted(&self) -> bool {
-        self.tls
-    }
-
-    /// Whether it has a password.
-    #[must_use]
-    pub fn has_password(&self) -> bool {
-        self.login.password.is_some()
-    }
-}
+/// How keys begin unless `redis.key_prefix` says otherwise.
+pub const KEY_PREFIX: &str = "relay:";
+/// The form of what is stored: whoever stores in another form uses other keys.
+const FORM: &str = "1:";
 
 /// The operation did not happen, or nobody knows whether it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -259,12 +102,6 @@ const FAILURES: u32 = 3;
 /// How long the breaker stays open: doubled with each failed probe up to the second.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How long a connection may take to come up.
-const CONNECT: Duration = Duration::from_secs(1);
-/// How often at most trouble with Redis is logged.
-const COMPLAINT: Duration = Duration::from_secs(60);
-/// Connections in the pool: the shared one, one for blocking reads, and room to replace them.
-const POOL: usize = 4;
 
 /// The connection to Redis; a cheap clone.
 #[derive(Clone)]
@@ -275,13 +112,9 @@ struct Shared {
     timeout: Live<Duration>,
     state: Mutex<State>,
     connecting: Flights<(), Result<Link, Unavailable>>,
+    /// How all keys begin.
+    prefix: String,
     metrics: Metrics,
-}
-
-enum Pool {
-    Single(deadpool_redis::Pool),
-    Sentinel(sentinel::Pool),
-    Cluster(deadpool_redis::cluster::Pool),
 }
 
 /// A connection that many operations share.
@@ -302,7 +135,7 @@ struct State {
     pause: Duration,
     /// No operation is tried before; one probe is let through at that time.
     closed_until: Option<Instant>,
-    complained: Option<Instant>,
+    complaints: Complaints,
     up: Option<bool>,
     /// Operations, a bit each, that were refused when they were last tried, by a server that answers.
     refused: u32,
@@ -312,7 +145,7 @@ impl Redis {
     /// A connection as `config` says; nothing is connected yet.
     ///
     /// # Errors
-    /// When the URLs do not fit the mode.
+    /// When the URLs do not fit the mode, or [`FileFault`].
     pub fn new(config: &Config, metrics: Metrics, tasks: TaskTracker) -> anyhow::Result<Self> {
         let pool = Pool::new(config)?;
         Ok(Self(Arc::new(Shared {
@@ -320,15 +153,22 @@ impl Redis {
             timeout: Live::new(config.timeout),
             state: Mutex::default(),
             connecting: Flights::new(tasks),
+            prefix: config.key(""),
             metrics,
         })))
     }
 
+    /// The key called `name`, as it stands in Redis.
+    #[must_use]
+    pub fn key(&self, name: &str) -> String {
+        [&self.0.prefix, name].concat()
+    }
+
     /// From now on waits as long as `config` says, and who connects logs in as it says. The connection there is stays: its
-    /// login was good when it was made.
+    /// login was good when it was made. So does the prefix of keys.
     ///
     /// # Errors
-    /// When the URLs do not fit the mode.
+    /// As [`Redis::new`].
     pub fn reconfigure(&self, config: &Config) -> anyhow::Result<()> {
         self.0.pool.set(Pool::new(config)?);
         self.0.timeout.set(config.timeout);
@@ -390,8 +230,9 @@ impl Redis {
     /// # Errors
     /// [`Unavailable`] when none can be made.
     pub async fn own_link(&self) -> Result<Link, Unavailable> {
-        timeout(CONNECT, self.0.pool.snapshot().connect()).await.map_err(|_| Unavailable)?.map_err(|error| {
-            self.complain(Some(&error));
+        let connecting = timeout(CONNECT, self.0.pool.snapshot().connect()).await;
+        connecting.map_err(|_| None).and_then(|link| link.map_err(Some)).map_err(|error| {
+            self.complain(error.as_ref());
             Unavailable
         })
     }
@@ -418,18 +259,10 @@ impl Redis {
         // operation finds what this one did not wait for.
         let shared = Arc::clone(&self.0);
         let connecting = self.0.connecting.join((), || async move {
-            let link = timeout(CONNECT, shared.pool.snapshot().connect()).await.map_err(|_| Unavailable)?;
             let this = Self(shared);
-            match link {
-                Ok(link) => {
-                    this.state().link = Some(link.clone());
-                    Ok(link)
-                }
-                Err(error) => {
-                    this.complain(Some(&error));
-                    Err(Unavailable)
-                }
-            }
+            let link = this.own_link().await?;
+            this.state().link = Some(link.clone());
+            Ok(link)
         });
         connecting.await.unwrap_or(Err(Unavailable))
     }
@@ -453,10 +286,12 @@ impl Redis {
         state.silent = 0;
         state.pause = FIRST_PAUSE;
         state.closed_until = None;
-        state.refused &= !bit(operation);
+        self.refused(&mut state, bit(operation), false);
         // One that answers pings and nothing else is not well.
-        if state.refused == 0 && state.up.replace(true) != Some(true) {
-            state.complained = None;
+        if state.refused == 0 && state.up != Some(true) {
+            if state.up.replace(true).is_some() {
+                state.complaints.clear();
+            }
             info!("redis answers");
             self.0.metrics.redis_up.set((), 1);
         }
@@ -475,7 +310,8 @@ impl Redis {
         let mut state = self.state();
         let broken = error.is_some_and(|error| error.is_io_error() || error.is_unrecoverable_error());
         let demoted = error.is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly));
-        if error.is_none() && state.link.is_some() {
+        let connected = state.link.is_some();
+        if error.is_none() && connected {
             state.silent = state.silent.saturating_add(1);
         }
         // A link may die without a sign: the other side gone, a line cut, a load balancer that forgot it.
@@ -485,10 +321,7 @@ impl Redis {
             state.silent = 0;
         }
         if error.is_some_and(refuses) {
-            state.refused |= bit(operation);
-            if state.up.replace(false) != Some(false) {
-                self.0.metrics.redis_up.set((), 0);
-            }
+            self.refused(&mut state, bit(operation), true);
         }
         if !refused {
             state.failures = state.failures.saturating_add(1);
@@ -496,26 +329,50 @@ impl Redis {
                 let pause = if state.pause.is_zero() { FIRST_PAUSE } else { state.pause };
                 state.pause = (pause * 2).min(LONGEST_PAUSE);
                 state.closed_until = Some(Instant::now() + pause);
-                if state.up.replace(false) != Some(false) {
-                    self.0.metrics.redis_up.set((), 0);
-                }
+                // What it would refuse is not known while it says nothing.
+                self.refused(&mut state, u32::MAX, false);
+                self.down(&mut state);
             }
         }
         drop(state);
-        self.complain(error);
+        // Why there is no connection, whoever tries to make one tells.
+        if error.is_some() || connected {
+            self.complain(error);
+        }
     }
 
-    /// Logs that something could not be done, and the server's word for why.
-    pub(crate) fn complain(&self, error: Option<&RedisError>) {
+    /// What came of a read on a connection of the caller's own.
+    pub(crate) fn note_own(&self, error: Option<&RedisError>) {
         let mut state = self.state();
-        if state.complained.is_none_or(|last| last.elapsed() >= COMPLAINT) {
-            state.complained = Some(Instant::now());
-            // The error's class only: its text may quote a command.
-            let reason = error.map_or("no answer in time", |error| {
-                let word =
-                    |code: &&str| code.len() <= 20 && code.bytes().all(|byte| byte.is_ascii_uppercase());
-                error.code().filter(word).unwrap_or_else(|| error.category())
-            });
+        if error.is_none_or(refuses) {
+            self.refused(&mut state, OWN, error.is_some());
+        }
+        drop(state);
+        // Connections end now and then; that something is refused has to be known.
+        if let Some(error) = error.filter(|error| !error.is_io_error()) {
+            self.complain(Some(error));
+        }
+    }
+
+    /// Notes whether `operations` are refused by a server that answers.
+    fn refused(&self, state: &mut State, operations: u32, refused: bool) {
+        state.refused = if refused { state.refused | operations } else { state.refused & !operations };
+        self.0.metrics.redis_refusing.set((), i64::from(state.refused != 0));
+        if refused {
+            self.down(state);
+        }
+    }
+
+    fn down(&self, state: &mut State) {
+        if state.up.replace(false) != Some(false) {
+            self.0.metrics.redis_up.set((), 0);
+        }
+    }
+
+    /// Logs that something could not be done, and why: the server's word for it, if there is one.
+    pub(crate) fn complain(&self, error: Option<&RedisError>) {
+        let reason = error.map_or("no answer in time", reason);
+        if self.state().complaints.tell(reason) {
             warn!(reason, "redis is in trouble; the relay goes on without it");
         }
     }
@@ -530,11 +387,8 @@ fn bit(operation: Operation) -> u32 {
     1 << operation.index()
 }
 
-/// Whether a server that answers says that it will not do such a thing for now: out of memory, not permitted, not the
-/// master, unable to keep it.
-fn refuses(error: &RedisError) -> bool {
-    matches!(error.code(), Some("OOM" | "NOPERM" | "READONLY" | "MISCONF" | "NOREPLICAS"))
-}
+/// What stands for reads on connections of callers' own.
+const OWN: u32 = 1 << 31;
 
 /// What an operation came to, for the metrics.
 fn came_to<T>(outcome: &Result<Result<RedisResult<T>, Unavailable>, Elapsed>) -> RedisOutcome {
@@ -543,74 +397,6 @@ fn came_to<T>(outcome: &Result<Result<RedisResult<T>, Unavailable>, Elapsed>) ->
         Ok(Ok(Err(error))) if !error.is_io_error() => RedisOutcome::Refused,
         Ok(Ok(Err(_)) | Err(Unavailable)) => RedisOutcome::Unreachable,
         Err(_) => RedisOutcome::Timeout,
-    }
-}
-
-impl Pool {
-    /// Connects nowhere yet.
-    fn new(config: &Config) -> anyhow::Result<Self> {
-        let runtime = Some(Runtime::Tokio1);
-        let connections = config.urls.iter().map(Url::connection);
-        let Some(first) = config.urls.first() else { anyhow::bail!("redis.url is not set") };
-        fit(&config.urls, config.mode).map_err(anyhow::Error::msg)?;
-        Ok(match config.mode {
-            Mode::Single => {
-                let mut config = deadpool_redis::Config::from_connection_info(first.connection());
-                config.pool = Some(deadpool_redis::PoolConfig::new(POOL));
-                Self::Single(config.create_pool(runtime)?)
-            }
-            Mode::Sentinel => {
-                // The database is the master's: sentinels have none.
-                let sentinel = |mut connection: ConnectionInfo| {
-                    connection.redis.db = 0;
-                    connection
-                };
-                let config = sentinel::Config {
-                    urls: None,
-                    server_type: sentinel::SentinelServerType::Master,
-                    master_name: config.master_name.clone(),
-                    connections: Some(connections.map(sentinel).collect()),
-                    // Sentinels and the master share user and password, as in the URL.
-                    node_connection_info: Some(sentinel::SentinelNodeConnectionInfo {
-                        tls_mode: first.tls.then_some(sentinel::TlsMode::Secure),
-                        redis_connection_info: Some(first.settings()),
-                    }),
-                    pool: Some(sentinel::PoolConfig::new(POOL)),
-                };
-                Self::Sentinel(config.create_pool(runtime)?)
-            }
-            Mode::Cluster => {
-                let config = deadpool_redis::cluster::Config {
-                    urls: None,
-                    connections: Some(connections.collect()),
-                    pool: Some(deadpool_redis::cluster::PoolConfig::new(POOL)),
-                    read_from_replicas: false,
-                };
-                Self::Cluster(config.create_pool(runtime)?)
-            }
-        })
-    }
-
-    async fn connect(&self) -> RedisResult<Link> {
-        match self {
-            Self::Single(pool) => {
-                Ok(Link::Node(deadpool_redis::Connection::take(pool.get().await.map_err(inner)?)))
-            }
-            Self::Sentinel(pool) => {
-                Ok(Link::Node(sentinel::Connection::take(pool.get().await.map_err(inner)?)))
-            }
-            Self::Cluster(pool) => {
-                Ok(Link::Cluster(deadpool_redis::cluster::Connection::take(pool.get().await.map_err(inner)?)))
-            }
-        }
-    }
-}
-
-/// The Redis error behind a pool's.
-fn inner(error: deadpool_redis::PoolError) -> RedisError {
-    match error {
-        deadpool_redis::PoolError::Backend(error) => error,
-        _ => RedisError::from((ErrorKind::Io, "no connection from the pool")),
     }
 }
 
@@ -642,6 +428,10 @@ impl ConnectionLike for Link {
     }
 }
 
+/// Time enough for a busy machine.
+#[cfg(test)]
+const PATIENCE: Duration = Duration::from_millis(500);
+
 #[cfg(test)]
 impl Redis {
     /// A connection to a test's own server, with time enough for a busy machine.
@@ -655,8 +445,8 @@ impl Redis {
     }
 
     fn of_mode(mode: Mode, urls: &[String]) -> Self {
-        let urls = urls.iter().map(|url| url.parse().unwrap()).collect();
-        let config = Config { urls, mode, master_name: String::new(), timeout: CONNECT };
+        let urls: Vec<Url> = urls.iter().map(|url| url.parse().unwrap()).collect();
+        let config = Config { mode, urls: urls.clone(), ..Config::single(urls[0].clone(), PATIENCE) };
         Self::new(&config, Metrics::new(), TaskTracker::new()).unwrap()
     }
 }
@@ -672,8 +462,7 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_millis(50);
 
     fn redis(url: &str) -> (Redis, Metrics) {
-        let (urls, metrics) = (vec![url.parse().unwrap()], Metrics::new());
-        let config = Config { urls, mode: Mode::Single, master_name: String::new(), timeout: TIMEOUT };
+        let (config, metrics) = (Config::single(url.parse().unwrap(), TIMEOUT), Metrics::new());
         (Redis::new(&config, metrics.clone(), TaskTracker::new()).unwrap(), metrics)
     }
 
