@@ -26,7 +26,7 @@ use cyberscan_relay::{
     enrich::{self, Enricher},
     limiter::{self, Limiter},
     metrics::Metrics,
-    redis_pool::{self, Mode, Redis},
+    redis_pool::{self, Redis},
     sandbox::{Options, Sandbox},
     tenant::{ApiKey, Tenant},
 };
@@ -240,12 +240,8 @@ fn permits(c: &mut Criterion) {
         Limiter::new(config, redis, Latencies::default(), Metrics::new(), TaskTracker::new())
     };
     let redis = || {
-        let config = redis_pool::Config {
-            urls: vec![format!("redis://127.0.0.1:{port}").parse().unwrap()],
-            mode: Mode::Single,
-            master_name: String::new(),
-            timeout: Duration::from_secs(1),
-        };
+        let url = format!("redis://127.0.0.1:{port}").parse().unwrap();
+        let config = redis_pool::Config::single(url, Duration::from_secs(1));
         Some(Redis::new(&config, Metrics::new(), TaskTracker::new()).unwrap())
     };
     let alone = limiter(None);
