@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-otel fuzz coverage models mutants bench bench-prefetch trials soak lint sbom doc boards deploy-check page openapi walk ci
+.PHONY: demo test test-otel fuzz coverage models mutants bench bench-prefetch trials scale soak lint sbom doc boards deploy-check page openapi walk ci
 
 ## Run the relay with a fake CyberScan and a fake key issuer, show one investigation, serve until Ctrl-C.
 demo:
@@ -32,7 +32,7 @@ fuzz:
 coverage:
 	scripts/coverage.sh
 
-## Single flight, circuit breaker and key sets under thousands of schedules: `make models SEED=7 SCHEDULES=100000`;
+## Single flight, circuit breaker, key sets and purges under thousands of schedules: `make models SEED=7 SCHEDULES=100000`;
 ## `make models ONLY=name REPLAY=file` runs the one that failed again.
 models:
 	$(CARGO) run --locked --quiet --release --manifest-path models/Cargo.toml --target-dir $(or $(CARGO_TARGET_DIR),target)/models -- \
@@ -59,6 +59,12 @@ bench-prefetch:
 trials:
 	scripts/need-redis.sh
 	RELAY_TRIAL_SECONDS=$(or $(SECONDS),30) $(CARGO) test --locked --test overload -- --nocapture
+
+## What a fleet costs its Redis, into docs/scaling.md: ten processes, then up to 100 replicas and 100,000 tenants
+## (`make scale TENANTS=1000` for less). Some twenty minutes.
+scale:
+	scripts/need-redis.sh
+	RELAY_SCALE=1 $(if $(TENANTS),RELAY_SCALE_TENANTS=$(TENANTS)) $(CARGO) test --locked --test scale -- --nocapture
 
 ## Two relays asked steadily while something goes wrong every 20 s; what they hold must stay the same. Five minutes
 ## and a warm-up; `make soak SECONDS=3600` for an hour.

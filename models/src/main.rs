@@ -1,4 +1,4 @@
-//! Runs the relay's single flight, circuit breaker and key sets, from their very sources, under thousands
+//! Runs the relay's single flight, circuit breaker, key sets and order of purges, from their very sources, under thousands
 //! of schedules: which task goes on at each lock is chosen at random, or by PCT, which holds
 //! tasks up at few places and for long. The same seed makes the same choices.
 //!
@@ -6,6 +6,7 @@
 
 // Under these names the sources under test find what is in `stand-ins`.
 extern crate stand_ins as arc_swap;
+extern crate stand_ins as aws_lc_rs;
 extern crate stand_ins as jsonwebtoken;
 extern crate stand_ins as tokio;
 extern crate stand_ins as tokio_util;
@@ -16,10 +17,16 @@ mod circuit;
 #[expect(dead_code, reason = "the relay uses what the models do not")]
 mod flight;
 
+#[path = "../../src/live.rs"]
+#[expect(dead_code, reason = "the relay uses what the models do not")]
+mod live;
+
 mod breaker;
+mod cache;
 mod chance;
 mod key_sets;
 mod metrics;
+mod purges;
 mod single_flight;
 
 /// No traces are made of a schedule.
@@ -31,7 +38,21 @@ mod trace {
 
 /// The locks and atomics of the schedule.
 mod sync {
-    pub use shuttle::sync::{Mutex, MutexGuard, atomic::AtomicU64};
+    pub use shuttle::sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicI64, AtomicU64},
+    };
+}
+
+/// Names as they stand in Redis, which no model looks at.
+mod tenant {
+    pub fn hex(name: [u8; 16]) -> String {
+        format!("{:032x}", u128::from_be_bytes(name))
+    }
+
+    pub fn unhex(text: &str) -> Option<[u8; 16]> {
+        u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
+    }
 }
 
 use std::{env, fs, panic::catch_unwind, path::PathBuf, process::ExitCode, time::Instant};
@@ -53,6 +74,7 @@ const MODELS: &[Model] = &[
     ("a_key_set_is_replaced_whole", key_sets::a_set_is_replaced_whole),
     ("a_new_key_is_looked_for_once", key_sets::a_new_key_is_looked_for_once),
     ("a_failed_fetch_is_one_failure", key_sets::a_failed_fetch_is_one_failure),
+    ("what_is_purged_is_told", purges::what_is_purged_is_told_by_the_clock_as_it_is),
 ];
 
 /// PCT's depth: it holds tasks up at so many places, less one.

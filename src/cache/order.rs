@@ -10,10 +10,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, AtomicU64, Ordering},
-    },
+    sync::{PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -23,6 +20,7 @@ use tokio::time::Instant;
 use super::tier::{Key, Name};
 use crate::{
     live::Live,
+    sync::{AtomicI64, AtomicU64, Mutex, MutexGuard},
     tenant::{hex, unhex},
 };
 
@@ -286,7 +284,9 @@ impl Order {
         for telling in tellings {
             if let Some(stamp) = stamps.get_mut(&telling.scope) {
                 stamp.told = stamp.told.max(telling.shared);
-                if stamp.untold == telling.own {
+                // If the clock was set while it was under way, it was told by the one before.
+                let holds = self.clock.shared(telling.own).is_none_or(|shared| shared <= telling.shared);
+                if stamp.untold == telling.own && holds {
                     stamp.untold = 0;
                 }
             }
@@ -326,6 +326,13 @@ impl Order {
             }
         }
         let shared: HashMap<Scope, u64> = shared.iter().copied().collect();
+        for (scope, stamp) in stamps.iter_mut().filter(|(_, stamp)| stamp.untold > 0) {
+            // Somebody has told of as much.
+            let untold = self.clock.shared(stamp.untold);
+            if let Some(there) = shared.get(scope).filter(|there| untold.is_some_and(|untold| untold <= **there)) {
+                (stamp.told, stamp.untold) = (stamp.told.max(*there), 0);
+            }
+        }
         self.put(stamps);
         let telling = |scope: &Scope| self.telling(*scope);
         let lacks =

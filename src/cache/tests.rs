@@ -119,13 +119,37 @@ struct World {
     started: Instant,
     /// How far its clock was set, in microseconds.
     step: AtomicI64,
+    /// It does nothing; what it is sent it does later.
+    frozen: AtomicBool,
+    /// What it was sent meanwhile.
+    late: Mutex<Vec<(u32, Sent)>>,
+    /// What another has, that follows it.
+    copy: Mutex<WorldState>,
+    /// How often its connections have broken.
+    broken: AtomicU32,
     state: Mutex<WorldState>,
     changed: Notify,
     replicas: AtomicU32,
     names: AtomicU32,
 }
 
-#[derive(Default)]
+/// What is under way when a replica has given up waiting.
+enum Sent {
+    Write(Prepared),
+    Purge(Scope, u64),
+}
+
+/// A write as it is sent.
+struct Prepared {
+    name: Name,
+    version: u64,
+    horizon: u64,
+    value: Option<Vec<u8>>,
+    until: Instant,
+    owner: Option<String>,
+}
+
+#[derive(Clone, Default)]
 struct WorldState {
     name: u32,
     values: HashMap<Name, (u64, Vec<u8>, Instant)>,
@@ -152,6 +176,10 @@ impl World {
         Arc::new(Self {
             started: Instant::now(),
             step: AtomicI64::new(0),
+            frozen: AtomicBool::new(false),
+            late: Mutex::default(),
+            copy: Mutex::default(),
+            broken: AtomicU32::new(0),
             state: Mutex::default(),
             changed: Notify::new(),
             replicas: AtomicU32::new(0),
@@ -178,8 +206,72 @@ impl World {
         *self.state.lock().unwrap() = WorldState { name, ..WorldState::default() };
     }
 
-    /// Its clock is set.
+    /// It goes on, with what it was sent before anything else.
+    fn thaw(&self) {
+        self.frozen.store(false, Ordering::Relaxed);
+        let late = std::mem::take(&mut *self.late.lock().unwrap());
+        let mut state = self.state.lock().unwrap();
+        for (replica, sent) in late {
+            match sent {
+                Sent::Write(write) => self.apply(replica, &mut state, write),
+                Sent::Purge(scope, version) => self.purge(replica, &mut state, scope, version),
+            }
+        }
+    }
+
+    /// Whoever followed it takes its place, with what it had got by then and a clock of its own.
+    fn fail_over(&self, clock: i64) {
+        self.late.lock().unwrap().clear();
+        self.frozen.store(false, Ordering::Relaxed);
+        self.set_clock(clock);
+        *self.state.lock().unwrap() = self.copy.lock().unwrap().clone();
+        self.broken.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whoever follows it has got all.
+    fn follow(&self) {
+        *self.copy.lock().unwrap() = self.state.lock().unwrap().clone();
+    }
+
+    fn happened(&self, replica: u32, state: &mut WorldState, happened: Happened) {
+        state.log.push((replica, happened));
+        self.changed.notify_waiters();
+    }
+
+    fn purge(&self, replica: u32, state: &mut WorldState, scope: Scope, version: u64) {
+        let known = state.stamps.entry(scope).or_default();
+        *known = version.max(*known);
+        self.happened(replica, state, Happened::Purged(scope, version));
+    }
+
+    fn apply(&self, replica: u32, state: &mut WorldState, write: Prepared) {
+        let Prepared { name, version, horizon, value, until, owner } = write;
+        let now = Instant::now();
+        let Some(value) = value else {
+            state.locks.retain(|locked, (who, ..)| *locked != name || Some(&*who) != owner.as_ref());
+            return;
+        };
+        let present = state.values.get(&name).filter(|(.., until)| now < *until);
+        let (there, stays) = (
+            present.is_some(),
+            present.is_some_and(|(present, ..)| *present > version && *present <= horizon),
+        );
+        if !stays {
+            state.values.insert(name, (version, value, until));
+        }
+        let lock = state.locks.get(&name).filter(|(.., until)| now < *until).cloned();
+        if lock.as_ref().map(|(who, ..)| who) == owner.as_ref() {
+            state.locks.remove(&name);
+        }
+        if lock.is_some_and(|(_, waited, _)| waited) || (there && !stays) {
+            self.happened(replica, state, Happened::Stored(name, version));
+        }
+    }
+
+    /// Its clock is set. What a frozen one was sent is taken to be lost then: a write from before, told by a clock that nobody
+    /// has any more, would look as if it came later than a purge after it.
     fn set_clock(&self, by: i64) {
+        self.late.lock().unwrap().clear();
         self.step.fetch_add(by, Ordering::Relaxed);
     }
 
@@ -205,7 +297,15 @@ const HEARD: Duration = Duration::from_secs(5);
 
 impl FakeTier {
     fn state(&self) -> Result<std::sync::MutexGuard<'_, WorldState>, Unavailable> {
-        if self.cut.load(Ordering::Relaxed) { Err(Unavailable) } else { Ok(self.world.state.lock().unwrap()) }
+        let away = self.cut.load(Ordering::Relaxed) || self.world.frozen.load(Ordering::Relaxed);
+        if away { Err(Unavailable) } else { Ok(self.world.state.lock().unwrap()) }
+    }
+
+    /// What is sent to a tier that is frozen is done when it goes on, whether or not somebody waits for it still.
+    fn send_late(&self, sent: Sent) {
+        if self.world.frozen.load(Ordering::Relaxed) && !self.cut.load(Ordering::Relaxed) {
+            self.world.late.lock().unwrap().push((self.replica, sent));
+        }
     }
 
     fn hears(&self) -> bool {
@@ -214,37 +314,23 @@ impl FakeTier {
     }
 
     fn happened(&self, state: &mut WorldState, happened: Happened) {
-        state.log.push((self.replica, happened));
-        self.world.changed.notify_waiters();
+        self.world.happened(self.replica, state, happened);
     }
 
     fn write(&self, write: &Write) -> Result<(), Unavailable> {
-        let mut state = self.state()?;
         let clock = self.order.clock();
         let (Some(version), Some(horizon)) = (clock.shared(write.version), clock.horizon()) else {
             return Err(Unavailable);
         };
-        let now = Instant::now();
-        let Some(value) = (write.until > now).then(|| (write.value.0)(version)).flatten() else {
-            state
-                .locks
-                .retain(|name, (owner, ..)| *name != write.name || Some(&*owner) != write.owner.as_ref());
-            return Ok(());
-        };
-        let present = state.values.get(&write.name).filter(|(.., until)| now < *until);
-        let (there, stays) = (
-            present.is_some(),
-            present.is_some_and(|(present, ..)| *present > version && *present <= horizon),
-        );
-        if !stays {
-            state.values.insert(write.name, (version, value, write.until));
-        }
-        let lock = state.locks.get(&write.name).filter(|(.., until)| now < *until).cloned();
-        if lock.as_ref().map(|(owner, ..)| owner) == write.owner.as_ref() {
-            state.locks.remove(&write.name);
-        }
-        if lock.is_some_and(|(_, waited, _)| waited) || (there && !stays) {
-            self.happened(&mut state, Happened::Stored(write.name, version));
+        let value = (write.until > Instant::now()).then(|| (write.value.0)(version)).flatten();
+        let Write { name, until, owner, .. } = write.clone();
+        let prepared = Prepared { name, version, horizon, value, until, owner };
+        match self.state() {
+            Ok(mut state) => self.world.apply(self.replica, &mut state, prepared),
+            Err(unavailable) => {
+                self.send_late(Sent::Write(prepared));
+                return Err(unavailable);
+            }
         }
         Ok(())
     }
@@ -280,11 +366,12 @@ impl FakeTier {
     /// Follows for as long as the tier is there; answers the pending writes that can be made now.
     fn listen(&self, place: &mut Place, hear: &impl Fn(Event)) -> Result<(), Unavailable> {
         let mut state = self.state().inspect_err(|_| place.looked = None)?;
-        let name = state.name;
-        let anew = place.looked.is_none() || name != place.name;
-        if name != place.name {
+        let (name, broken) = (state.name, self.world.broken.load(Ordering::Relaxed));
+        let anew = place.looked.is_none() || name != place.name || broken != place.broken;
+        if name != place.name || place.cursor > state.log.len() {
             (place.cursor, place.name) = (0, name);
         }
+        place.broken = broken;
         if anew || place.looked.is_some_and(|looked| looked.elapsed() >= 2 * SECOND) {
             if place.first {
                 (place.first, place.cursor) = (false, state.log.len());
@@ -329,6 +416,7 @@ impl FakeTier {
 struct Place {
     first: bool,
     name: u32,
+    broken: u32,
     cursor: usize,
     looked: Option<Instant>,
 }
@@ -400,17 +488,20 @@ impl SharedTier for FakeTier {
     }
 
     async fn tell(&self, scope: Scope) -> Result<(), Unavailable> {
-        let mut state = self.state()?;
         let telling = self.order.telling(scope).filter(|_| self.hears()).ok_or(Unavailable)?;
-        let there = state.stamps.entry(scope).or_insert(0);
-        *there = telling.shared.max(*there);
-        self.happened(&mut state, Happened::Purged(scope, telling.shared));
+        match self.state() {
+            Ok(mut state) => self.world.purge(self.replica, &mut state, scope, telling.shared),
+            Err(unavailable) => {
+                self.send_late(Sent::Purge(scope, telling.shared));
+                return Err(unavailable);
+            }
+        }
         self.order.told(&[telling]);
         Ok(())
     }
 
     async fn follow(self, shutdown: CancellationToken, hear: impl Fn(Event) + Send + Sync + 'static) {
-        let mut place = Place { first: true, name: 0, cursor: 0, looked: None };
+        let mut place = Place { first: true, name: 0, broken: 0, cursor: 0, looked: None };
         let following = async {
             loop {
                 let changed = self.world.changed.notified();
@@ -1551,7 +1642,9 @@ impl Schedule {
     /// Who has had the time to tell or to hear, has.
     fn spread(&mut self) {
         let quiet = |replica: &Replica| {
-            !replica.tier.cut.load(Ordering::Relaxed) && replica.undisturbed.elapsed() >= NOTICED
+            let away =
+                replica.tier.cut.load(Ordering::Relaxed) || replica.tier.world.frozen.load(Ordering::Relaxed);
+            !away && replica.undisturbed.elapsed() >= NOTICED
         };
         for purge in 0..self.purges.len() {
             let knows = |replica: &Replica| replica.knows.get(purge) == Some(&true);
@@ -1626,7 +1719,10 @@ impl Schedule {
     async fn step(&mut self) {
         let at = self.below(3);
         let (owner, address) = (self.below(2), u32::try_from(self.below(ADDRESSES.into())).unwrap());
-        match self.below(24) {
+        if self.below(2) == 0 && !self.world.frozen.load(Ordering::Relaxed) {
+            self.world.follow();
+        }
+        match self.below(27) {
             0..12 => self.read(at, owner, address).await,
             12..15 => self.purge(at).await,
             15..18 => {
@@ -1653,6 +1749,21 @@ impl Schedule {
                 self.replicas[at].stop.cancel();
                 self.replicas[at] = Self::replica(&self.cyberscan, &self.world);
             }
+            22 | 23 => {
+                if self.world.frozen.load(Ordering::Relaxed) {
+                    self.world.thaw();
+                } else {
+                    self.world.frozen.store(true, Ordering::Relaxed);
+                }
+                self.disturb_all();
+            }
+            24 => {
+                let clock = [0, 0, 300_000, -300_000, 45_000_000, -45_000_000][self.below(6)];
+                self.world.fail_over(clock);
+                self.stepped |= clock != 0;
+                self.told.iter_mut().for_each(|told| *told = false);
+                self.disturb_all();
+            }
             _ => {
                 self.cyberscan.0.down.fetch_xor(true, Ordering::Relaxed);
             }
@@ -1670,6 +1781,7 @@ impl Schedule {
     async fn converge(&mut self) {
         self.cyberscan.0.down.store(false, Ordering::Relaxed);
         self.replicas.iter().for_each(|replica| replica.tier.cut.store(false, Ordering::Relaxed));
+        self.world.thaw();
         self.disturb_all();
         sleep(MINUTE).await;
         for at in 0..3 {
@@ -1693,7 +1805,7 @@ impl Schedule {
     }
 }
 
-/// Redis killed, emptied, cut off, set to another time; replicas that die; purges of every scope by any of them. More
+/// Redis killed, emptied, cut off, frozen, set to another time, replaced by a copy that lags; replicas that die; purges of every scope by any of them. More
 /// schedules: `SCHEDULES=10000`; one of them: `SCHEDULES=1 SEED=7`.
 #[tokio::test(start_paused = true)]
 #[expect(clippy::disallowed_methods, reason = "how many schedules there are is for whoever runs it")]

@@ -56,6 +56,7 @@ pub(super) const COMMANDS: &[&str] = &[
     "ZADD Z GT 1 m",
     "ZCARD Z",
     "ZRANGE Z 0 0",
+    "ZSCORE Z m",
     "ZRANGEBYSCORE Z -inf 1",
     "ZREM Z m",
     "XADD S MAXLEN ~ 10 * o doctor",

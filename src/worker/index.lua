@@ -27,11 +27,17 @@ local function expected(entry)
   return faded(entry) * entry.life / memory / (1 - math.exp(-watched / memory))
 end
 
+-- Milliseconds until the next is due (-1: none is), and how many are on the schedule.
+local function schedule()
+  local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+  return first[2] and math.max(0, tonumber(first[2]) - now) or -1, redis.call('ZCARD', KEYS[2])
+end
+
 if ARGV[1] == 'put' then
   -- ARGV: most entries, time to live, then per entry: name, reads, due in (0: not to be scheduled, -1: to be
   -- taken off the schedule), life, resource, subject, unread (1, 0, or - for as it is).
-  -- Answer, per entry: reads expected per life in thousandths, 1 if it was unread and is read now, 1 if it is
-  -- on the schedule.
+  -- Answer: milliseconds until the next is due (-1: none), entries on the schedule, then per entry: reads expected per
+  -- life in thousandths, 1 if it was unread and is read now, 1 if it is on the schedule.
   local answer = {}
   for at = 4, #ARGV, 7 do
     local name, reads, due, life = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
@@ -72,6 +78,9 @@ if ARGV[1] == 'put' then
   end
   redis.call('PEXPIRE', KEYS[1], ARGV[3])
   redis.call('PEXPIRE', KEYS[2], ARGV[3])
+  local next_due, scheduled = schedule()
+  table.insert(answer, 1, next_due)
+  table.insert(answer, 2, scheduled)
   return answer
 end
 
@@ -94,8 +103,8 @@ if ARGV[1] == 'claim' then
       redis.call('ZREM', KEYS[2], name)
     end
   end
-  local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-  local answer = {tostring(first[2] and math.max(0, tonumber(first[2]) - now) or -1), tostring(redis.call('ZCARD', KEYS[2]))}
+  local next_due, scheduled = schedule()
+  local answer = {tostring(next_due), tostring(scheduled)}
   for _, field in ipairs(claimed) do answer[#answer + 1] = field end
   return answer
 end

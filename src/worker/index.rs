@@ -6,8 +6,8 @@
 //! with a key derived from the tenant's, which only replicas have that the tenant has called.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Mutex, PoisonError},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -32,6 +32,13 @@ const MEMORY: f64 = 3.0;
 
 /// Entries that one script looks at: Redis does nothing else while it runs.
 const PAGE: usize = 32;
+
+/// Tenants that are told of at once, of those that have something due.
+const TENANTS: usize = 256;
+/// What nobody has done for so long nobody does any more: what was to be renewed has ended, and whoever asks renews it.
+const ABANDONED: Duration = Duration::from_secs(60);
+/// Something due so much earlier than what was told is worth telling.
+const EARLIER: Duration = Duration::from_millis(100);
 
 /// The most entries in memory, of all tenants together: some ten megabytes.
 const IN_MEMORY: usize = 50_000;
@@ -70,14 +77,37 @@ pub(super) struct Standing {
     pub(super) scheduled: bool,
 }
 
-/// What was claimed, and what comes next.
+/// A tenant's schedule.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Schedule {
+    /// How long until something is due, if anything is ever.
+    pub(super) next: Option<Duration>,
+    /// Entries on it.
+    pub(super) entries: i64,
+}
+
+/// What was put in.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Taken {
+    /// How each entry stands now.
+    pub(super) standings: Vec<Standing>,
+    pub(super) schedule: Schedule,
+}
+
+/// What was claimed, and what is left.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claimed {
     pub(super) due: Vec<Due>,
-    /// How long until more is due.
-    pub(super) next: Option<Duration>,
-    /// Entries on the schedule.
-    pub(super) scheduled: i64,
+    pub(super) schedule: Schedule,
+}
+
+/// Who has something due.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum WithDue {
+    /// Tenants of these names.
+    Tenants(HashSet<String>),
+    /// It is not told: each is to be looked at when its schedule says so.
+    Untold,
 }
 
 /// An answer that is due and ours to renew.
@@ -155,15 +185,17 @@ pub(super) struct Index {
 impl Index {
     /// An index in `redis`, if there is one, of at most `most` entries per tenant.
     pub(super) fn new(redis: Option<Redis>, most: usize) -> Self {
-        let shared = redis.map(|redis| Shared { redis, script: Script::new(include_str!("index.lua")) });
+        let shared = redis.map(|redis| Shared {
+            redis,
+            script: Script::new(include_str!("index.lua")),
+            due: Script::new(include_str!("due.lua")),
+            told: Mutex::default(),
+        });
         Self { shared, own: Mutex::default(), most }
     }
 
-    /// Takes entries in; how each of them stands now.
-    pub(super) async fn put(&self, tenant: &Tenant, entries: &[Entry]) -> Result<Vec<Standing>, Unavailable> {
-        if entries.is_empty() {
-            return Ok(Vec::new());
-        }
+    /// Takes entries in.
+    pub(super) async fn put(&self, tenant: &Tenant, entries: &[Entry]) -> Result<Taken, Unavailable> {
         match &self.shared {
             Some(shared) => shared.put(tenant, entries, self.most).await,
             None => {
@@ -171,6 +203,14 @@ impl Index {
                 let most = self.most.min(IN_MEMORY / tenants).max(1);
                 Ok(self.own(tenant, |own| own.put(entries, most)))
             }
+        }
+    }
+
+    /// Which tenants have something due: one question for all of them, whoever put it in.
+    pub(super) async fn with_due(&self) -> Result<WithDue, Unavailable> {
+        match &self.shared {
+            Some(shared) => shared.with_due().await.map(WithDue::Tenants),
+            None => Ok(WithDue::Untold),
         }
     }
 
@@ -200,9 +240,12 @@ impl Index {
         }
     }
 
-    /// Forgets the entries in memory of all tenants but those that are `known`.
+    /// Forgets what is in memory of all tenants but those that are `known`.
     pub(super) fn retain(&self, known: impl Fn(&TenantId) -> bool) {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).retain(|id, _| known(id));
+        if let Some(shared) = &self.shared {
+            shared.told().retain(|id, _| known(id));
+        }
     }
 
     fn own<R>(&self, tenant: &Tenant, work: impl FnOnce(&mut Own) -> R) -> R {
@@ -246,13 +289,20 @@ impl Known {
 }
 
 impl Own {
-    fn put(&mut self, entries: &[Entry], most: usize) -> Vec<Standing> {
+    fn schedule(&self, now: Instant) -> Schedule {
+        Schedule {
+            next: self.schedule.first().map(|(due, _)| due.saturating_duration_since(now)),
+            entries: i64::try_from(self.schedule.len()).unwrap_or(i64::MAX),
+        }
+    }
+
+    fn put(&mut self, entries: &[Entry], most: usize) -> Taken {
         let now = Instant::now();
         let standings = entries.iter().map(|entry| self.put_one(entry, now)).collect();
         while self.entries.len() > most {
             self.forget_one(now);
         }
-        standings
+        Taken { standings, schedule: self.schedule(now) }
     }
 
     fn put_one(&mut self, entry: &Entry, now: Instant) -> Standing {
@@ -315,8 +365,7 @@ impl Own {
                 });
             }
         }
-        claimed.next = self.schedule.first().map(|(due, _)| due.saturating_duration_since(now));
-        claimed.scheduled = i64::try_from(self.schedule.len()).unwrap_or(i64::MAX);
+        claimed.schedule = self.schedule(now);
         claimed
     }
 
@@ -338,17 +387,15 @@ impl Own {
 struct Shared {
     redis: Redis,
     script: Script,
+    due: Script,
+    /// What this replica has told of when tenants have something due.
+    told: Mutex<HashMap<TenantId, Instant>>,
 }
 
 impl Shared {
-    async fn put(
-        &self,
-        tenant: &Tenant,
-        entries: &[Entry],
-        most: usize,
-    ) -> Result<Vec<Standing>, Unavailable> {
+    async fn put(&self, tenant: &Tenant, entries: &[Entry], most: usize) -> Result<Taken, Unavailable> {
         let seal = Seal::of(tenant);
-        let mut standings = Vec::with_capacity(entries.len());
+        let mut taken = Taken::default();
         for some in entries.chunks(PAGE) {
             let mut invocation = self.script.prepare_invoke();
             for key in self.keys(tenant) {
@@ -367,17 +414,65 @@ impl Shared {
                 invocation.arg(entry.record_type.key_part()).arg(sealed).arg(unread);
             }
             let invocation = &invocation;
-            let answer: Vec<u64> = self
+            let answer: Vec<i64> = self
                 .redis
                 .run(Operation::Schedule, |mut link| async move { invocation.invoke_async(&mut link).await })
                 .await?;
-            standings.extend(answer.chunks(3).map(|standing| Standing {
+            let (schedule, standings) = answer.split_at_checked(2).ok_or(Unavailable)?;
+            taken.schedule = schedule_of(schedule);
+            taken.standings.extend(standings.chunks(3).map(|standing| Standing {
                 expected: standing.first().copied().unwrap_or(0) as f64 / 1000.0,
                 useful: standing.get(1) == Some(&1),
                 scheduled: standing.get(2) == Some(&1),
             }));
         }
-        Ok(standings)
+        self.tell(tenant, taken.schedule.next, false).await?;
+        Ok(taken)
+    }
+
+    /// Tells when something of the tenant is due next, unless that, or something earlier, has been told. After a claim it
+    /// is told in any case.
+    async fn tell(&self, tenant: &Tenant, next: Option<Duration>, claimed: bool) -> Result<(), Unavailable> {
+        let now = Instant::now();
+        let due = next.map(|next| now + next);
+        {
+            let mut told = self.told();
+            let known = told.get(&tenant.id()).copied().filter(|told| *told > now);
+            let news = due.is_some_and(|due| known.is_none_or(|known| due + EARLIER < known));
+            if !claimed && !news {
+                return Ok(());
+            }
+            match due {
+                Some(due) => told.insert(tenant.id(), due),
+                None => told.remove(&tenant.id()),
+            };
+        }
+        let mut invocation = self.due.key(self.redis.key("due"));
+        invocation.arg("tell").arg(millis(KEPT)).arg(&*tenant.label());
+        invocation.arg(next.map_or(-1, |next| i64::try_from(next.as_millis()).unwrap_or(i64::MAX)));
+        invocation.arg(u8::from(claimed));
+        let invocation = &invocation;
+        let telling = self.redis.run(Operation::Schedule, |mut link| async move {
+            invocation.invoke_async::<u8>(&mut link).await
+        });
+        telling.await.map(drop).inspect_err(|_| {
+            self.told().remove(&tenant.id());
+        })
+    }
+
+    async fn with_due(&self) -> Result<HashSet<String>, Unavailable> {
+        let mut invocation = self.due.key(self.redis.key("due"));
+        invocation.arg("due").arg(TENANTS).arg(millis(ABANDONED));
+        let mut answer = self.ask(&invocation).await?.into_iter();
+        if answer.next().as_deref() == Some("0") {
+            // There is nothing, or nothing any more.
+            self.told().clear();
+        }
+        Ok(answer.collect())
+    }
+
+    fn told(&self) -> MutexGuard<'_, HashMap<TenantId, Instant>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn claim(&self, tenant: &Tenant, most: usize, lease: Duration) -> Result<Claimed, Unavailable> {
@@ -387,9 +482,11 @@ impl Shared {
         }
         invocation.arg("claim").arg(most).arg(millis(lease));
         let answer = self.ask(&invocation).await?;
-        let number = |at: usize| answer.get(at).and_then(|text| text.parse::<i64>().ok());
+        let (schedule, due) = answer.split_at_checked(2).ok_or(Unavailable)?;
+        let schedule: Vec<i64> = schedule.iter().filter_map(|number| number.parse().ok()).collect();
+        let schedule = schedule_of(&schedule);
         let seal = Seal::of(tenant);
-        let due = answer.get(2..).unwrap_or_default().chunks(7).filter_map(|fields| {
+        let due = due.chunks(7).filter_map(|fields| {
             let [name, record_type, subject, expected, unread, overdue, life] = fields else { return None };
             let name = unhex(name)?;
             Some(Due {
@@ -402,11 +499,10 @@ impl Shared {
                 life: Duration::from_millis(life.parse().ok()?),
             })
         });
-        Ok(Claimed {
-            next: number(0).and_then(|next| u64::try_from(next).ok()).map(Duration::from_millis),
-            scheduled: number(1).unwrap_or(0),
-            due: due.collect(),
-        })
+        let claimed = Claimed { due: due.collect(), schedule };
+        // What is claimed is ours, also if this is not told: others look, and find nothing due.
+        let _ = self.tell(tenant, schedule.next, true).await;
+        Ok(claimed)
     }
 
     async fn recent(&self, tenant: &Tenant, most: usize) -> Result<Vec<(RecordType, Subject)>, Unavailable> {
@@ -443,6 +539,12 @@ impl Shared {
             .run(Operation::Schedule, |mut link| async move { invocation.invoke_async(&mut link).await })
             .await
     }
+}
+
+/// The first two numbers of an answer.
+fn schedule_of(numbers: &[i64]) -> Schedule {
+    let next = numbers.first().and_then(|next| u64::try_from(*next).ok());
+    Schedule { next: next.map(Duration::from_millis), entries: numbers.get(1).copied().unwrap_or(0) }
 }
 
 /// Seals what entries are about with a key derived from the tenant's.
@@ -493,7 +595,8 @@ mod tests {
 
         let claimed = index.claim(&tenant, 10, lease).await.unwrap();
         assert!(matches!(&claimed.due[..], [due] if due.subject == subject && due.unread));
-        assert!(claimed.scheduled == 1 && claimed.next.unwrap() <= lease, "{claimed:?}");
+        let Schedule { next, entries } = claimed.schedule;
+        assert!(entries == 1 && next.unwrap() <= lease, "{claimed:?}");
         let meanwhile = index.claim(&tenant, 10, lease).await.unwrap();
         assert!(meanwhile.due.is_empty(), "{meanwhile:?}");
         // Who claimed it was killed.
@@ -518,6 +621,53 @@ mod tests {
         what_is_claimed_is_nobodys_until_its_lease_ends(Some(Redis::to(&server.url()))).await;
     }
 
+    /// One question tells which of all tenants have something due; who claims it takes it off the others' hands.
+    #[tokio::test]
+    async fn what_is_due_is_told_to_all_and_claimed_by_one() {
+        let server = RedisServer::start().await;
+        let index = || Index::new(Some(Redis::to(&server.url())), 100);
+        let (one, other) = (index(), index());
+        let tenant = |key: &str| Tenant::new("api.example.com".parse().unwrap(), ApiKey::new(key.into()));
+        let (soon, later) = (tenant("soon"), tenant("later"));
+        let hour = Duration::from_secs(3_600);
+        let subject = Subject::parse("203.0.113.7").unwrap();
+        let entry = |due| Entry::ahead([7; 16], RecordType::Host, subject.clone(), due, hour);
+        let due = async |index: &Index| match index.with_due().await.unwrap() {
+            WithDue::Tenants(names) => names,
+            WithDue::Untold => panic!("it is shared"),
+        };
+        let only = |tenant: &Tenant| HashSet::from([tenant.label().to_string()]);
+        assert_eq!(due(&one).await, HashSet::new());
+        one.put(&soon, &[entry(Duration::ZERO)]).await.unwrap();
+        one.put(&later, &[entry(2 * hour)]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!((due(&one).await, due(&other).await), (only(&soon), only(&soon)));
+        let lease = Duration::from_millis(400);
+        assert_eq!(other.claim(&soon, 10, lease).await.unwrap().due.len(), 1);
+        assert_eq!((due(&one).await, due(&other).await), (HashSet::new(), HashSet::new()));
+        tokio::time::sleep(lease + Duration::from_millis(20)).await;
+        assert_eq!(due(&one).await, only(&soon), "whoever claimed it is dead");
+
+        // What somebody else puts in meanwhile is not lost by a claim.
+        assert_eq!(one.claim(&soon, 10, hour).await.unwrap().due.len(), 1);
+        other.put(&later, &[entry(Duration::ZERO)]).await.unwrap();
+        let [first, second] = [6, 5].map(|name| Entry { name: [name; 16], ..entry(Duration::ZERO) });
+        other.put(&soon, &[first]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(due(&one).await, only(&soon), "an entry is never due earlier than it was");
+        // A Redis that has lost its memory is told again.
+        let _: String = server.ask(&["FLUSHALL"]).await;
+        assert_eq!(due(&one).await, HashSet::new());
+        assert_eq!(due(&other).await, HashSet::new());
+        other.put(&soon, &[second]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(due(&one).await, only(&soon));
+        // What nobody does is not kept before the others for ever.
+        let _: i64 = server.ask(&["ZADD", "relay:1:due", "1", &soon.label()]).await;
+        assert_eq!(due(&one).await, HashSet::new());
+        assert_eq!(server.ask::<i64>(&["EXISTS", "relay:1:due"]).await, 0);
+    }
+
     /// What a full index costs Redis, for a replica that joins and for one that puts entries in.
     #[tokio::test]
     async fn no_script_holds_redis_up_however_much_is_in_the_index() {
@@ -532,7 +682,7 @@ mod tests {
         };
         for from in (0..11_000).step_by(500) {
             let entries: Vec<Entry> = (from..from + 500).map(entry).collect();
-            assert_eq!(index.put(&tenant, &entries).await.unwrap().len(), 500);
+            assert_eq!(index.put(&tenant, &entries).await.unwrap().standings.len(), 500);
         }
         let recent = index.recent(&tenant, 500).await.unwrap();
         assert_eq!(recent.len(), 500);

@@ -5,7 +5,7 @@
 //! - Every quarter of a second it collects what was read ([`Notes`]) into the index of recent answers, which
 //!   replicas share where there is Redis (`index`).
 //! - Shortly before an answer's end, one replica claims it from the index, and renews it if that is worth a
-//!   call (`budget`). A claim is a lease: what a dead replica had claimed is due again when it ends.
+//!   call (`budget`). What is due is told for all tenants at once, so that one question a round is enough. A claim is a lease: what a dead replica had claimed is due again when it ends.
 //! - Where analysts follow domains to their addresses, what is known about the address is fetched as soon as
 //!   the domain is asked for (`relations`).
 //! - Keys of tenants are in memory only, forgotten when they are idle and at once when CyberScan refuses them.
@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::FutureExt;
+use futures_util::{FutureExt, StreamExt, stream};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, timeout},
@@ -35,7 +35,7 @@ use tracing::{debug, error};
 
 use self::{
     budget::Budget,
-    index::{Due, Entry, Index},
+    index::{Due, Entry, Index, Schedule, Standing, WithDue},
     relations::Relations,
 };
 use crate::{
@@ -72,8 +72,8 @@ pub struct Config {
 
 /// How often reads are collected.
 const TICK: Duration = Duration::from_millis(250);
-/// The longest time between two looks at what is due.
-const LOOK: Duration = Duration::from_secs(5);
+/// Tenants that are looked after at once.
+const ABREAST: usize = 32;
 /// For how long a replica that claimed something keeps it from the others; longer than any renewal.
 const LEASE: Duration = Duration::from_secs(30);
 /// How long one renewal may take.
@@ -146,8 +146,10 @@ struct Book {
     seen: Instant,
     budget: Budget,
     relations: Relations,
-    /// When there may be something due.
+    /// Nothing is renewed before.
     look: Instant,
+    /// When something is due, as far as this replica knows.
+    due: Option<Instant>,
     /// Answers on the tenant's schedule, as of the last look.
     scheduled: i64,
 }
@@ -155,7 +157,28 @@ struct Book {
 impl Book {
     fn new(tenant: Arc<Tenant>, share: f64, refresh_ahead: f64) -> Self {
         let (budget, now) = (Budget::new(share, refresh_ahead), Instant::now());
-        Self { tenant, seen: now, budget, relations: Relations::default(), look: now, scheduled: 0 }
+        Self {
+            tenant,
+            seen: now,
+            budget,
+            relations: Relations::default(),
+            look: now,
+            due: None,
+            scheduled: 0,
+        }
+    }
+
+    /// Notes what is on the schedule.
+    fn planned(&mut self, schedule: Schedule) {
+        self.due = schedule.next.map(|next| Instant::now() + next);
+        self.scheduled = schedule.entries;
+    }
+
+    fn has_due(&self, with_due: &WithDue) -> bool {
+        match with_due {
+            WithDue::Tenants(names) => names.contains(&*self.tenant.label()),
+            WithDue::Untold => self.due.is_some_and(|due| due <= Instant::now()),
+        }
     }
 }
 
@@ -219,20 +242,29 @@ impl<C: Renew> Worker<C> {
         for note in self.0.notes.collect().into_iter().filter(|note| self.may_work_for(&note.tenant)) {
             by_tenant.entry(note.tenant.id()).or_default().push(note);
         }
-        for (id, notes) in by_tenant {
-            self.learn(id, &notes).await;
-        }
+        stream::iter(by_tenant)
+            .for_each_concurrent(ABREAST, |(id, notes)| async move { self.learn(id, &notes).await })
+            .await;
         let now = Instant::now();
-        let due: Vec<Arc<Tenant>> = {
+        {
             let mut books = self.books();
             books.retain(|_, book| now - book.seen < self.0.config.idle);
             self.0.index.retain(|id| books.contains_key(id));
             self.0.metrics.prefetch_scheduled.set((), books.values().map(|book| book.scheduled).sum());
-            books.values().filter(|book| book.look <= now).map(|book| Arc::clone(&book.tenant)).collect()
-        };
-        for tenant in due {
-            self.look(&tenant).await;
+            if books.is_empty() {
+                return;
+            }
         }
+        let Ok(with_due) = self.0.index.with_due().await else { return };
+        let due: Vec<Arc<Tenant>> = {
+            let books = self.books();
+            let due = books.values().filter(|book| book.look <= now && book.has_due(&with_due));
+            due.map(|book| Arc::clone(&book.tenant)).collect()
+        };
+        // Each may claim its part of the turns there are.
+        let share = self.0.turns.available_permits().div_ceil(due.len().max(1));
+        let looking = |tenant| async move { self.look(&tenant, share).await };
+        stream::iter(due).for_each_concurrent(ABREAST, looking).await;
     }
 
     /// Enters what a tenant has read into the index and its book.
@@ -261,7 +293,7 @@ impl<C: Renew> Worker<C> {
             self.fetch_relations(&tenant, ip);
         }
         let entries: Vec<Entry> = notes.iter().map(Entry::read).collect();
-        let standings = self.0.index.put(&tenant, &entries).await.unwrap_or_default();
+        let standings = self.put(&tenant, &entries).await;
         for (note, standing) in notes.iter().zip(&standings) {
             note.reads.care(standing.scheduled && standing.expected >= threshold);
             if standing.useful {
@@ -294,27 +326,20 @@ impl<C: Renew> Worker<C> {
                 if let Ok(Renewed { asked: true, expires_in: Some(expires_in), life }) = outcome {
                     let key = Key::new(&tenant, record_type, ip.to_string());
                     let entry = Entry::ahead(key.name, record_type, subject, expires_in, life);
-                    let _ = this.0.index.put(&tenant, &[entry]).await;
+                    this.put(&tenant, &[entry]).await;
                 }
             });
         }
     }
 
-    /// Claims what of a tenant is due and renews what is worth it.
-    async fn look(&self, tenant: &Arc<Tenant>) {
-        let free = self.0.turns.available_permits();
+    /// Claims what of a tenant is due, at most `most` answers, and renews what is worth it.
+    async fn look(&self, tenant: &Arc<Tenant>, most: usize) {
+        let free = self.0.turns.available_permits().min(most);
         if free == 0 {
             return;
         }
-        let Ok(claimed) = self.0.index.claim(tenant, free, LEASE).await else {
-            self.with(tenant, |book| book.look = Instant::now() + LOOK);
-            return;
-        };
-        let next = claimed.next.map_or(LOOK, |next| next.min(LOOK));
-        self.with(tenant, |book| {
-            book.look = Instant::now() + next;
-            book.scheduled = claimed.scheduled;
-        });
+        let Ok(claimed) = self.0.index.claim(tenant, free, LEASE).await else { return };
+        self.with(tenant, |book| book.planned(claimed.schedule));
         let mut dropped = Vec::new();
         for due in claimed.due {
             self.0.metrics.prefetch.inc((Prefetch::Claimed,));
@@ -336,7 +361,17 @@ impl<C: Renew> Worker<C> {
                 }
             }
         }
-        let _ = self.0.index.put(tenant, &dropped).await;
+        self.put(tenant, &dropped).await;
+    }
+
+    /// Puts entries into the index, and notes in the book what is due when. How each of them stands, if it could be done.
+    async fn put(&self, tenant: &Tenant, entries: &[Entry]) -> Vec<Standing> {
+        if entries.is_empty() {
+            return Vec::new();
+        }
+        let Ok(taken) = self.0.index.put(tenant, entries).await else { return Vec::new() };
+        self.with(tenant, |book| book.planned(taken.schedule));
+        taken.standings
     }
 
     fn renew_due(&self, turn: OwnedSemaphorePermit, tenant: &Arc<Tenant>, due: Due) {
@@ -349,7 +384,7 @@ impl<C: Renew> Worker<C> {
                 // Whoever asks next finds out what is the matter.
                 Ok(Renewed { expires_in: None, .. }) | Err(_) => due.dropped(),
             };
-            let _ = this.0.index.put(&tenant, &[entry]).await;
+            this.put(&tenant, &[entry]).await;
         });
     }
 

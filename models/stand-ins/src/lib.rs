@@ -153,6 +153,67 @@ pub mod task {
 /// As `arc_swap::ArcSwapOption`: another task may go on before and after each access.
 pub struct ArcSwapOption<T>(Mutex<Option<Arc<T>>>);
 
+/// As `arc_swap::ArcSwap`, likewise.
+#[derive(Debug)]
+pub struct ArcSwap<T>(Mutex<Arc<T>>);
+
+impl<T> ArcSwap<T> {
+    /// With `value` in it.
+    pub fn from_pointee(value: T) -> Self {
+        Self(Mutex::new(Arc::new(value)))
+    }
+
+    /// The value in use.
+    #[must_use]
+    pub fn load_full(&self) -> Arc<T> {
+        Arc::clone(&self.lock())
+    }
+
+    /// The value in use.
+    #[must_use]
+    pub fn load(&self) -> Guard<Arc<T>> {
+        Guard(self.load_full())
+    }
+
+    /// Puts `value` in the place of the one in use.
+    pub fn store(&self, value: Arc<T>) {
+        *self.lock() = value;
+    }
+
+    fn lock(&self) -> shuttle::sync::MutexGuard<'_, Arc<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// As `aws_lc_rs::hmac`: no secret, but another for another key and message.
+pub mod hmac {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+
+    /// SHA-256 in name.
+    pub const HMAC_SHA256: () = ();
+
+    /// What digests are made with.
+    pub struct Key(Vec<u8>);
+
+    impl Key {
+        /// Of `secret`.
+        #[must_use]
+        pub fn new((): (), secret: &[u8]) -> Self {
+            Self(secret.to_vec())
+        }
+    }
+
+    /// A digest of `message`.
+    #[must_use]
+    pub fn sign(key: &Key, message: &[u8]) -> [u8; 32] {
+        let mut hasher = DefaultHasher::new();
+        (&key.0, message).hash(&mut hasher);
+        let mut digest = [0; 32];
+        digest[..8].copy_from_slice(&hasher.finish().to_be_bytes());
+        digest
+    }
+}
+
 /// As `jsonwebtoken::DecodingKey`: which download it came from.
 pub struct DecodingKey(pub u64);
 
