@@ -329,7 +329,9 @@ impl Order {
         for (scope, stamp) in stamps.iter_mut().filter(|(_, stamp)| stamp.untold > 0) {
             // Somebody has told of as much.
             let untold = self.clock.shared(stamp.untold);
-            if let Some(there) = shared.get(scope).filter(|there| untold.is_some_and(|untold| untold <= **there)) {
+            if let Some(there) =
+                shared.get(scope).filter(|there| untold.is_some_and(|untold| untold <= **there))
+            {
                 (stamp.told, stamp.untold) = (stamp.told.max(*there), 0);
             }
         }

@@ -1739,6 +1739,8 @@ impl Schedule {
                 self.told.iter_mut().for_each(|told| *told = false);
                 self.disturb_all();
             }
+            // Whether time was lost while nobody could look, nobody could tell.
+            20 if self.world.frozen.load(Ordering::Relaxed) => {}
             20 => {
                 let by = [3_600_000_000, -3_600_000_000, 45_000_000, -45_000_000][self.below(4)];
                 self.world.set_clock(by);

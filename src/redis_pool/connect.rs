@@ -38,8 +38,8 @@ use super::{
 
 /// How long a connection may take to come up.
 pub(super) const CONNECT: Duration = Duration::from_secs(1);
-/// The driver waits for answers as long, where the relay itself does not give up sooner.
-const ANSWER: Duration = Duration::from_millis(500);
+/// The driver waits for answers as long, longer than any blocking read; the relay itself gives up sooner.
+const ANSWER: Duration = Duration::from_secs(3);
 /// Connections in the pool: the shared one, one for blocking reads, and room to replace them.
 const POOL: usize = 4;
 

@@ -33,6 +33,8 @@ const MEMORY: f64 = 3.0;
 /// Entries that one script looks at: Redis does nothing else while it runs.
 const PAGE: usize = 32;
 
+/// How often Redis is asked what is due; what is, is so two seconds at least before its end.
+const ASKED: Duration = Duration::from_secs(1);
 /// Tenants that are told of at once, of those that have something due.
 const TENANTS: usize = 256;
 /// What nobody has done for so long nobody does any more: what was to be renewed has ended, and whoever asks renews it.
@@ -190,6 +192,7 @@ impl Index {
             script: Script::new(include_str!("index.lua")),
             due: Script::new(include_str!("due.lua")),
             told: Mutex::default(),
+            asked: Mutex::default(),
         });
         Self { shared, own: Mutex::default(), most }
     }
@@ -207,6 +210,8 @@ impl Index {
     }
 
     /// Which tenants have something due: one question for all of them, whoever put it in.
+    ///
+    /// Redis is asked once a second at most; in between nobody is told to have anything due.
     pub(super) async fn with_due(&self) -> Result<WithDue, Unavailable> {
         match &self.shared {
             Some(shared) => shared.with_due().await.map(WithDue::Tenants),
@@ -390,6 +395,8 @@ struct Shared {
     due: Script,
     /// What this replica has told of when tenants have something due.
     told: Mutex<HashMap<TenantId, Instant>>,
+    /// When it asked last what is due.
+    asked: Mutex<Option<Instant>>,
 }
 
 impl Shared {
@@ -461,6 +468,13 @@ impl Shared {
     }
 
     async fn with_due(&self) -> Result<HashSet<String>, Unavailable> {
+        {
+            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            if asked.is_some_and(|asked| asked.elapsed() < ASKED) {
+                return Ok(HashSet::new());
+            }
+            *asked = Some(Instant::now());
+        }
         let mut invocation = self.due.key(self.redis.key("due"));
         invocation.arg("due").arg(TENANTS).arg(millis(ABANDONED));
         let mut answer = self.ask(&invocation).await?.into_iter();
@@ -632,9 +646,12 @@ mod tests {
         let hour = Duration::from_secs(3_600);
         let subject = Subject::parse("203.0.113.7").unwrap();
         let entry = |due| Entry::ahead([7; 16], RecordType::Host, subject.clone(), due, hour);
-        let due = async |index: &Index| match index.with_due().await.unwrap() {
-            WithDue::Tenants(names) => names,
-            WithDue::Untold => panic!("it is shared"),
+        let due = async |index: &Index| {
+            *index.shared.as_ref().unwrap().asked.lock().unwrap() = None;
+            match index.with_due().await.unwrap() {
+                WithDue::Tenants(names) => names,
+                WithDue::Untold => panic!("it is shared"),
+            }
         };
         let only = |tenant: &Tenant| HashSet::from([tenant.label().to_string()]);
         assert_eq!(due(&one).await, HashSet::new());

@@ -1,6 +1,11 @@
 //! The trial itself: replicas that are idle, that ask CyberScan, that share, that renew; then more of them.
 
-use std::{fmt::Write, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt::Write,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
@@ -40,8 +45,8 @@ struct Size {
 impl Size {
     fn chosen() -> Self {
         if std::env::var_os("RELAY_SCALE").is_none() {
-            let idle = Duration::from_secs(3);
-            return Self { processes: 3, idle, questions: 300, renewed: 30, fleets: &[], tenants: 30 };
+            let idle = Duration::from_secs(6);
+            return Self { processes: 3, idle, questions: 500, renewed: 300, fleets: &[], tenants: 30 };
         }
         let tenants = std::env::var("RELAY_SCALE_TENANTS").ok().and_then(|text| text.parse().ok());
         Self {
@@ -55,9 +60,16 @@ impl Size {
     }
 }
 
-/// An address nobody else asks about.
+/// The first address that is asked about by whom; of those below CyberScan knows something.
+const RENEWED: usize = 10_000;
+const PURGED: usize = 15_000;
+const OF_FLEETS: usize = 20_000;
+
+/// One of 131,072 addresses.
 fn ip(number: usize) -> String {
-    format!("11.{}.{}.{}", number >> 16, number >> 8 & 255, number & 255)
+    let number = u32::try_from(number).unwrap();
+    assert!(number < 1 << 17);
+    Ipv4Addr::from_bits(0xc612_0000 + number).to_string()
 }
 
 fn tenant(sandbox: &Sandbox, number: usize) -> String {
@@ -68,22 +80,27 @@ fn tenant(sandbox: &Sandbox, number: usize) -> String {
     sandbox.issuer.mint(&claims)
 }
 
-/// What Redis is asked to do while nobody asks the replicas, per replica and second.
-async fn idle(server: &RedisServer, replicas: usize, length: Duration) -> Cost {
+/// What Redis does in a second while nobody asks anything.
+async fn resting(server: &RedisServer, length: Duration) -> Cost {
     let before = Moment::of(server).await;
     sleep(length).await;
     let (cost, took) = before.until_now(server).await;
-    cost / took.as_secs_f64() / replicas as f64
+    cost / took.as_secs_f64()
+}
+
+/// The same, of a Redis that nobody is connected to.
+async fn alone(length: Duration) -> Cost {
+    resting(&RedisServer::process(&[]).await, length).await
 }
 
 /// Asks about each of `numbers`, each time another replica; `shift` says which begins. What that costs for each look-up,
-/// beyond what it costs to be idle.
+/// beyond what Redis does while it is `resting`.
 async fn questions(
     server: &RedisServer,
     relays: &[SocketAddr],
     token: &str,
     (numbers, shift): (std::ops::Range<usize>, usize),
-    idle: Cost,
+    resting: Cost,
 ) -> Cost {
     let before = Moment::of(server).await;
     let count = numbers.len();
@@ -98,7 +115,7 @@ async fn questions(
     // What is written behind the answers, and told to the index.
     sleep(Duration::from_secs(1)).await;
     let (cost, took) = before.until_now(server).await;
-    (cost - idle * (took.as_secs_f64() * relays.len() as f64)) / count as f64
+    (cost - resting * took.as_secs_f64()) / count as f64
 }
 
 /// What it costs to renew an answer ahead.
@@ -114,10 +131,10 @@ async fn renewals(sandbox: &Sandbox, size: &Size) -> Cost {
     ];
     let relays = RelayProcess::fleet(3, sandbox, &settings).await;
     let addresses: Vec<_> = relays.iter().map(|relay| relay.address).collect();
-    let idle = idle(&server, relays.len(), size.idle / 2).await;
+    let resting = resting(&server, size.idle).await;
     let begun = Instant::now();
     for round in 0..4 {
-        questions(&server, &addresses, &token, (1 << 20..(1 << 20) + size.renewed, round), idle).await;
+        questions(&server, &addresses, &token, (RENEWED..RENEWED + size.renewed, round), resting).await;
     }
     let asked = begun.elapsed();
     assert!(asked < LIFE / 2, "{asked:?} to ask four times");
@@ -134,15 +151,15 @@ async fn renewals(sandbox: &Sandbox, size: &Size) -> Cost {
     let (cost, took) = before.until_now(&server).await;
     let count = renewed().await;
     assert!(count >= 0.5 * size.renewed as f64, "{count} of {} were renewed", size.renewed);
-    (cost - idle * (took.as_secs_f64() * relays.len() as f64)) / count
+    (cost - resting * took.as_secs_f64()) / count
 }
 
 /// What it costs to purge an observable on all replicas.
-async fn purges(server: &RedisServer, admin: SocketAddr, replicas: usize, idle: Cost) -> Cost {
+async fn purges(server: &RedisServer, admin: SocketAddr, resting: Cost) -> Cost {
     const PURGES: u32 = 50;
     let before = Moment::of(server).await;
     for number in 0..PURGES {
-        let body = json!({"observable": ip((1 << 22) + number as usize)}).to_string();
+        let body = json!({"observable": ip(PURGED + number as usize)}).to_string();
         let request = Request::post("/purge")
             .header(header::HOST, "localhost")
             .header(header::AUTHORIZATION, format!("Bearer {}", ADMIN.1))
@@ -151,7 +168,7 @@ async fn purges(server: &RedisServer, admin: SocketAddr, replicas: usize, idle: 
         assert_eq!(probe::call(admin, request).await.unwrap().status(), StatusCode::OK);
     }
     let (cost, took) = before.until_now(server).await;
-    (cost - idle * (took.as_secs_f64() * replicas as f64)) / f64::from(PURGES)
+    (cost - resting * took.as_secs_f64()) / f64::from(PURGES)
 }
 
 /// The middle one of a hundred answers that another replica had, asked for one after the other.
@@ -187,20 +204,22 @@ async fn what_a_fleet_costs_its_redis() {
         writeln!(table, "{row}").unwrap();
     };
 
-    let resting = idle(&server, relays.len(), size.idle).await;
-    tell("a replica, idle, per second", &resting);
+    let alone = alone(size.idle).await;
+    let rest = resting(&server, size.idle).await;
+    let idle = (rest - alone) / relays.len() as f64;
+    tell("a replica, idle, per second", &idle);
     let numbers = 0..size.questions;
     let calls = || sandbox.cyberscan.count(Call::Vulnerabilities);
     let before = calls();
-    let miss = questions(&server, &addresses, &token, (numbers.clone(), 0), resting).await;
+    let miss = questions(&server, &addresses, &token, (numbers.clone(), 0), rest).await;
     assert_eq!(calls() - before, size.questions, "each is asked once");
     tell("an answer nobody has", &miss);
-    let shared = questions(&server, &addresses, &token, (numbers.clone(), 1), resting).await;
+    let shared = questions(&server, &addresses, &token, (numbers.clone(), 1), rest).await;
     tell("an answer another replica has", &shared);
-    let held = questions(&server, &addresses, &token, (numbers, 1), resting).await;
+    let held = questions(&server, &addresses, &token, (numbers, 1), rest).await;
     tell("an answer in memory", &held);
     assert_eq!(calls() - before, size.questions, "each is asked once");
-    let purge = purges(&server, relays[0].admin, relays.len(), resting).await;
+    let purge = purges(&server, relays[0].admin, rest).await;
     tell(&format!("a purge, heard by {} replicas", relays.len()), &purge);
     let renewal = renewals(&sandbox, &size).await;
     tell("an answer renewed ahead", &renewal);
@@ -237,10 +256,11 @@ async fn what_a_fleet_costs_its_redis() {
             .await;
         known = tenants;
         sleep(Duration::from_secs(5)).await;
-        let resting = idle(&server, addresses.len(), size.idle).await;
-        let from = (1 << 21) + fleet * 10_000;
-        let miss = questions(&server, &addresses, &token, (from..from + size.questions, 0), resting).await;
-        let purge = purges(&server, relays[0].admin, addresses.len(), resting).await;
+        let rest = resting(&server, size.idle).await;
+        let idle = (rest - alone) / addresses.len() as f64;
+        let from = OF_FLEETS + fleet * 1_000;
+        let miss = questions(&server, &addresses, &token, (from..from + size.questions, 0), rest).await;
+        let purge = purges(&server, relays[0].admin, rest).await;
         let answer = shared_answers(&addresses, &token, from + 5_000).await;
         let memory: f64 = {
             let info: deadpool_redis::redis::InfoDict = server.ask(&["INFO", "memory"]).await;
@@ -248,8 +268,8 @@ async fn what_a_fleet_costs_its_redis() {
         };
         let row = format!(
             "| {fleet} | {tenants} | {:.0} | {:.1} | {:.0} | {:.3} | {:.0} | {:.1} | {memory:.0} |",
-            resting.cpu,
-            resting.cpu * *fleet as f64 / 10_000.0,
+            idle.cpu,
+            idle.cpu * *fleet as f64 / 10_000.0,
             miss.cpu,
             miss.events,
             purge.cpu,
@@ -258,7 +278,7 @@ async fn what_a_fleet_costs_its_redis() {
         eprintln!("{row}");
         writeln!(fleets, "{row}").unwrap();
     }
-    write_down(&table, &fleets, &Figures { idle: resting, miss, shared, renewal });
+    write_down(&table, &fleets, &Figures { idle, miss, shared, renewal });
     for relay in more {
         relay.shutdown.cancel();
     }

@@ -26,8 +26,8 @@ use crate::{
     tenant::hex,
 };
 
-/// How long one blocking read of the stream waits; below the driver's own time-out of 500 ms.
-pub(super) const BLOCK: Duration = Duration::from_millis(300);
+/// How long one blocking read of the stream waits; below the driver's own time-out.
+const BLOCK: Duration = Duration::from_secs(1);
 /// How often it is looked whether all is as it was.
 const LOOK: Duration = Duration::from_secs(2);
 /// How often stamps are compared without an occasion.

@@ -36,7 +36,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use self::{events::Teller, follow::BLOCK, pending::Pending};
+use self::{events::Teller, pending::Pending};
 use super::{
     entry::version_text,
     order::{Order, Scope, micros},
@@ -49,6 +49,8 @@ use crate::{
     tenant::hex,
 };
 
+/// How often writes that failed are tried again.
+const RETRY: Duration = Duration::from_millis(300);
 /// How often a Redis nobody uses is asked whether it is there.
 const PROBE: Duration = Duration::from_secs(2);
 /// What Redis has is used no longer than this after the last word of the other replicas.
@@ -188,7 +190,7 @@ impl RedisTier {
     /// that comes back is not to be overrun, and one that does not costs one attempt.
     async fn keep_writing(&self) -> Infallible {
         loop {
-            sleep(BLOCK).await;
+            sleep(RETRY).await;
             if !self.hears() {
                 continue;
             }
