@@ -52,6 +52,6 @@ make redis-url "redis://relay:$(cat "$directory/redis-password")@redis:6379/0"
 # operator: looks after the server, sees no key (redis-cli --user operator --askpass).
 # probe: the health check; may do nothing but ping, and so needs no password.
 make redis.acl "user default reset
-user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +append +del +pexpire +pttl +hget +hset +hsetnx +hdel +hlen +hkeys +hmget +persist +hincrby +hrandfield +zadd +zrem +zcard +zrange +zscore +zrangebyscore +xadd +xtrim +xread +xrange +xrevrange +evalsha +script|load +info
+user relay on #$(hash_of redis-password) resetchannels ~relay:* -@all +ping +unwatch +time +mget +get +getrange +set +append +del +pexpire +pttl +hget +hset +hsetnx +hdel +hlen +hmget +persist +hincrby +hrandfield +zadd +zrem +zcard +zrange +zscore +zrangebyscore +xadd +xtrim +xread +xrange +xrevrange +evalsha +script|load +info
 user operator on #$(hash_of redis-operator-password) resetchannels -@all +ping +info +dbsize +acl|log +slowlog|get +memory|stats +latency|latest
 user probe on nopass resetchannels -@all +ping"

@@ -9,7 +9,7 @@ use tokio::time::advance;
 
 use crate::{
     cache::{
-        order::{Compared, Order, Scope},
+        order::{Order, Scope},
         tier::Key,
     },
     chance::{below, some_time},
@@ -60,9 +60,7 @@ async fn exchange(order: &Order, fleet: &Seen<Fleet>) {
 /// As a replica does every two seconds.
 fn look(order: &Order, fleet: &Seen<Fleet>) {
     let set = fleet.lock().set;
-    if order.clock().compare(BEGAN + set) == Compared::Stepped {
-        order.doubt();
-    }
+    order.compare(BEGAN + set);
 }
 
 /// Whatever happens at once: what was purged is dead at every read from then on, and in the end Redis has a stamp of it

@@ -29,6 +29,7 @@ NO_PANEL: dict[str, str] = {
     "relay_config_reloads_total": "rare; the log says what changed",
     "relay_config_last_reload_successful": "the alert RelayConfigurationRefused looks at it",
     "relay_config_last_reload_success_timestamp_seconds": "for whoever wants to know after a reload",
+    "relay_redis_refusing": "the alert RelayRedisRefuses looks at it; relay_redis_up shows when",
     "relay_refused_before_routing_total": "the log names reason and peer; docs/deploying.md says what each reason is",
     "relay_tls_handshakes_total": "only with server.tls; docs/deploying.md says what to look for",
     "relay_tls_certificate_expiry_timestamp_seconds": "only with server.tls; docs/deploying.md has an alert for it",

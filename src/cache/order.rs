@@ -85,7 +85,9 @@ pub struct VersionClock {
 /// What a comparison with the fleet's clock came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// As expected, or for the first time.
+    /// There was none before.
+    First,
+    /// As expected.
     Same,
     /// Somebody's clock has been set since: versions that were told meanwhile may be of another count.
     Stepped,
@@ -139,11 +141,11 @@ impl VersionClock {
         let offset =
             i64::try_from(shared).unwrap_or(i64::MAX) - i64::try_from(self.now()).unwrap_or(i64::MAX);
         let before = self.offset.fetch_max(offset, Ordering::Relaxed);
-        let most = i64::try_from(micros(TOLERANCE)).unwrap_or(i64::MAX);
-        if before != UNKNOWN && before.abs_diff(offset) > most.unsigned_abs() {
-            return Compared::Stepped;
+        match before {
+            UNKNOWN => Compared::First,
+            _ if before.abs_diff(offset) > micros(TOLERANCE) => Compared::Stepped,
+            _ => Compared::Same,
         }
-        Compared::Same
     }
 }
 
@@ -291,6 +293,27 @@ impl Order {
                 }
             }
         }
+        self.put(stamps);
+    }
+
+    /// The fleet's clock shows `shared` now. Draws the consequences of what that tells.
+    pub fn compare(&self, shared: u64) -> Compared {
+        let compared = self.clock.compare(shared);
+        match compared {
+            Compared::First => self.purge_until_now(),
+            Compared::Stepped => self.doubt(),
+            Compared::Same => {}
+        }
+        compared
+    }
+
+    /// What was purged before the clocks were ever compared counts for others as of now: of what the fleet's clock did
+    /// meanwhile nothing is known.
+    fn purge_until_now(&self) {
+        let _writing = self.writing();
+        let now = self.clock.now();
+        let mut stamps = self.stamps.get().of.clone();
+        stamps.values_mut().filter(|stamp| stamp.untold > 0).for_each(|stamp| stamp.untold = now);
         self.put(stamps);
     }
 

@@ -49,7 +49,6 @@ pub(super) const COMMANDS: &[&str] = &[
     "HMGET H f",
     "HGET H f",
     "HLEN H",
-    "HKEYS H",
     "HINCRBY H f 1",
     "HRANDFIELD H 1",
     "HDEL H f",

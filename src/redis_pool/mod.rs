@@ -2,7 +2,7 @@
 //! [`Unavailable`]. It owns time-outs, the breaker, reconnection and the prefix of all keys, for a single
 //! server, Sentinel and Cluster alike; it must not know what is stored.
 //!
-//! Connections come from a pool of deadpool ([`connect`]). Each checkout of deadpool-redis's own pings, which doubles
+//! Connections come from a pool of deadpool (`connect.rs`). Each checkout of deadpool-redis's own pings, which doubles
 //! the round trips, so the hot path uses a clone of one multiplexed connection and gives it up only when it
 //! breaks. Blocking reads take a connection of their own.
 

@@ -174,9 +174,13 @@ impl RedisTier {
         show.arg(&self.0.teller.replica).arg(known);
         let (name, by_itself, shown, follows): (String, u64, u64, u8) =
             bounded(show.invoke_async(link), LONGEST_PAUSE).await?;
-        if clock.compare(shown) == Compared::Stepped || shown - by_itself.min(shown) > micros(TOLERANCE) {
-            info!("a clock was set; what was purged is asked for again");
+        let stepped = self.0.order.compare(shown) == Compared::Stepped;
+        let raised = shown - by_itself.min(shown) > micros(TOLERANCE);
+        if raised && !stepped {
             self.0.order.doubt();
+        }
+        if stepped || raised {
+            info!("a clock was set; what was purged is asked for again");
             place.exchanged = None;
         }
         let missed = place.resume(first.as_deref(), last.as_deref());

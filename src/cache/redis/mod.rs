@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `relay:1:{h}:v` | a value; `h` is a 128-bit name that only the tenant's API key could reproduce |
 //! | `relay:1:{h}:l` | the lock of whoever fetches it; ends with `+` if somebody waits |
-//! | `relay:1:events` | the stream ([`events`]), a minute of it |
+//! | `relay:1:events` | the stream (`events.rs`), a minute of it |
 //! | `relay:1:purges` | what was purged when: scopes, sorted by version |
 //! | `relay:1:clock` | how far the fleet's clock is ahead of Redis's own |
 //!
