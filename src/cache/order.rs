@@ -307,13 +307,14 @@ impl Order {
         compared
     }
 
-    /// What was purged before the clocks were ever compared counts for others as of now: of what the fleet's clock did
-    /// meanwhile nothing is known.
+    /// What was purged before the clocks were ever compared counts as of now: of what the fleet's clock did meanwhile
+    /// nothing is known.
     fn purge_until_now(&self) {
         let _writing = self.writing();
         let now = self.clock.now();
         let mut stamps = self.stamps.get().of.clone();
-        stamps.values_mut().filter(|stamp| stamp.untold > 0).for_each(|stamp| stamp.untold = now);
+        let untold = stamps.values_mut().filter(|stamp| stamp.untold > 0);
+        untold.for_each(|stamp| (stamp.version, stamp.untold) = (now, now));
         self.put(stamps);
     }
 

@@ -1608,7 +1608,7 @@ struct Schedule {
     replicas: Vec<Replica>,
     /// Whose, about what, when.
     purges: Vec<(Option<usize>, Option<u32>, Instant)>,
-    /// Whether others take a purge for one of when they hear of it: who made it had not seen the clock.
+    /// Whether a purge counts as of when others hear of it: who made it had not seen the clock.
     wide: Vec<bool>,
     /// Purges that the tier has been told of, and not forgotten.
     told: Vec<bool>,

@@ -248,7 +248,7 @@ async fn what_a_fleet_costs_its_redis() {
             .for_each_concurrent(CLIENTS, |number| {
                 let (token, relay) = (tenant(&sandbox, number), addresses[number % addresses.len()]);
                 async move {
-                    for number in [1, 2, 1, 2] {
+                    for number in [1, 1] {
                         ask(relay, &token, &[("ip", &ip(number))]).await.unwrap();
                     }
                 }
