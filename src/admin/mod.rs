@@ -10,6 +10,7 @@
 //! | `POST /purge` | forgets answers on every replica; needs `admin.token` |
 //! | `PUT /log-level` | changes what is logged; needs `admin.token` |
 
+mod host;
 mod status;
 
 use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
@@ -27,23 +28,29 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 use warp::{Filter, Rejection, path::FullPath, reply::Response as Reply};
 
 use crate::{
     cache::{Cached, tier::Name},
     ctim::Subject,
     cyberscan::CyberScan,
-    http::server::{self, Front},
+    http::server::{self, Front, Peer},
     live::Live,
     metrics::{Listener, Metrics},
     redis_pool::Unavailable,
     telemetry::{Level, LogLevel},
 };
 
+pub use host::AdminHost;
+
 /// Settings `admin.*`.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// `admin.hosts`: names by which the listener is meant, beside addresses and names without a dot.
+    pub hosts: Vec<AdminHost>,
+    /// `log.observables`: whether a purge is logged with what it was about.
+    pub log_observables: bool,
     /// `admin.token`: what mutating calls have to bring; without it they are refused.
     pub token: Option<SecretString>,
 }
@@ -97,22 +104,28 @@ pub struct Admin<C> {
 
 /// Serves on `listener` until `shutdown`.
 pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: CancellationToken) {
-    let config = server::Config {
+    let limits = server::Config {
         max_connections: std::num::NonZeroUsize::MIN.saturating_add(127),
         header_timeout: Duration::from_secs(5),
         idle_timeout: Duration::from_secs(75),
         shutdown_timeout: Duration::from_secs(1),
     };
     let front = Front { listener: Listener::Admin, tls: None, metrics: admin.metrics.clone() };
+    let config = Live::clone(&admin.config);
     let routes = TowerToHyperService::new(warp::service(routes(Arc::new(admin))));
     // Also a body that never ends is given up.
     let service = service_fn(move |request: Request<Incoming>| {
         // Targets without a path (`CONNECT host:443`, `OPTIONS *`) panic some of warp's path filters.
         let has_path = request.uri().path().starts_with('/');
-        let answering = has_path.then(|| timeout(WHOLE, routes.call(request)));
+        let meant = host::is_meant(&request, &config.get().hosts);
+        let answering = (has_path && meant).then(|| timeout(WHOLE, routes.call(request)));
         async move {
             let failed = |status: StatusCode| answer(status, &json!({"error": status.canonical_reason()}));
             match answering {
+                None if !meant => {
+                    let error = "asked by a name that is not in admin.hosts";
+                    Ok(answer(StatusCode::MISDIRECTED_REQUEST, &json!({"error": error})))
+                }
                 Some(answering) => {
                     answering.await.unwrap_or_else(|_| Ok(failed(StatusCode::REQUEST_TIMEOUT)))
                 }
@@ -120,7 +133,7 @@ pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: C
             }
         }
     });
-    server::serve(listener, service, config, front, shutdown).await;
+    server::serve(listener, service, limits, front, shutdown).await;
 }
 
 fn routes<C: Purge>(
@@ -147,11 +160,14 @@ fn routes<C: Purge>(
     let reading = get.and(page.or(live).unify().or(ready).unify().or(metrics).unify().or(status).unify());
     let changing = admin
         .and(warp::header::headers_cloned())
+        .and(warp::ext::optional::<Peer>())
         .and(warp::body::content_length_limit(BODY))
         .and(warp::body::bytes());
     let purge = warp::path!("purge").and(warp::post()).and(changing.clone()).then(purge);
     let level = warp::path!("log-level").and(warp::put()).and(changing).then(
-        async |admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes| set_level(&admin, &headers, &body),
+        async |admin: Arc<Admin<C>>, headers: HeaderMap, peer: Option<Peer>, body: Bytes| {
+            set_level(&admin, &headers, peer, &body)
+        },
     );
     let nothing = warp::method()
         .and(warp::path::full())
@@ -227,13 +243,19 @@ struct Purged {
     observable: Option<String>,
 }
 
-async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) -> Reply {
-    if let Some(refusal) = refusal(&admin.config.get(), &headers) {
+async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, peer: Option<Peer>, body: Bytes) -> Reply {
+    if let Some(refusal) = refusal(&admin.config.get(), &headers, peer, "a purge") {
         return refusal;
     }
     const EXPECTED: &str = "expected {\"all\": true}, {\"tenant\": \"<32 hex digits>\"} or {\"observable\": \"<address or domain>\"}";
     let invalid = || answer(StatusCode::BAD_REQUEST, &json!({"error": EXPECTED}));
     let Ok(purged) = serde_json::from_slice::<Purged>(&body) else { return invalid() };
+    let what = match (&purged.tenant, &purged.observable) {
+        (Some(tenant), _) => format!("tenant {tenant}"),
+        (None, Some(observable)) if admin.config.get().log_observables => format!("observable {observable}"),
+        (None, Some(_)) => "an observable".to_owned(),
+        (None, None) => "all".to_owned(),
+    };
     let outcome = match (purged.all, purged.tenant, purged.observable) {
         (true, None, None) => admin.cache.all().await,
         (false, Some(label), None) => match name(&label) {
@@ -246,7 +268,7 @@ async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) 
         },
         _ => return invalid(),
     };
-    info!(everywhere = outcome.is_ok(), "answers were purged");
+    info!(what, by = "admin.token", from = from(peer), everywhere = outcome.is_ok(), "answers were purged");
     match outcome {
         Ok(()) => answer(StatusCode::OK, &json!({"purged": "on every replica"})),
         Err(Unavailable) => answer(
@@ -256,8 +278,8 @@ async fn purge<C: Purge>(admin: Arc<Admin<C>>, headers: HeaderMap, body: Bytes) 
     }
 }
 
-fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
-    if let Some(refusal) = refusal(&admin.config.get(), headers) {
+fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, peer: Option<Peer>, body: &[u8]) -> Reply {
+    if let Some(refusal) = refusal(&admin.config.get(), headers, peer, "a change of the log level") {
         return refusal;
     }
     let text = String::from_utf8_lossy(body);
@@ -266,15 +288,21 @@ fn set_level<C>(admin: &Admin<C>, headers: &HeaderMap, body: &[u8]) -> Reply {
         Err(why) => return answer(StatusCode::BAD_REQUEST, &json!({"error": why.to_string()})),
     };
     if admin.log.set(&level) {
-        info!("the log level was changed");
+        info!(to = text.trim(), by = "admin.token", from = from(peer), "the log level was changed");
         answer(StatusCode::OK, &json!({"level": text.trim()}))
     } else {
         answer(StatusCode::CONFLICT, &json!({"error": "this process does not log"}))
     }
 }
 
-/// What is said to those whose `headers` do not bring `admin.token`; compared by digests, in constant time.
-fn refusal(config: &Config, headers: &HeaderMap) -> Option<Reply> {
+/// Where a request came from, for the log.
+fn from(peer: Option<Peer>) -> String {
+    peer.map(|peer| peer.address.to_string()).unwrap_or_default()
+}
+
+/// What is said to those whose `headers` do not bring `admin.token`; compared by digests, in constant time. `what` they
+/// wanted is logged.
+fn refusal(config: &Config, headers: &HeaderMap, peer: Option<Peer>, what: &str) -> Option<Reply> {
     let Some(token) = &config.token else {
         let error = "admin.token is not set: nothing can be changed here";
         return Some(answer(StatusCode::FORBIDDEN, &json!({"error": error})));
@@ -285,6 +313,7 @@ fn refusal(config: &Config, headers: &HeaderMap) -> Option<Reply> {
     if verify_slices_are_equal(hash(given).as_ref(), hash(token.expose_secret()).as_ref()).is_ok() {
         return None;
     }
+    warn!(what, from = from(peer), "refused: admin.token does not match");
     let mut refusal = answer(StatusCode::UNAUTHORIZED, &json!({"error": "admin.token does not match"}));
     let bearer = header::HeaderValue::from_static("Bearer");
     refusal.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);

@@ -314,7 +314,10 @@ impl Order {
         let now = self.clock.now();
         let mut stamps = self.stamps.get().of.clone();
         let untold = stamps.values_mut().filter(|stamp| stamp.untold > 0);
-        untold.for_each(|stamp| (stamp.version, stamp.untold) = (now, now));
+        untold.for_each(|stamp| {
+            let least = stamp.version.max(now);
+            (stamp.version, stamp.untold) = (least, least);
+        });
         self.put(stamps);
     }
 

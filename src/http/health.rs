@@ -54,9 +54,8 @@ async fn check<P: CyberScan + Preload>(
     headers: &HeaderMap,
     peer: Option<Peer>,
 ) -> Result<Health, ErrorItem> {
-    let _place = relay.place()?;
     let due = relay.enricher.due();
-    let authorized = relay.authorize(headers, peer).await?;
+    let (authorized, _place) = relay.enter(headers, peer).await?;
     let tenant = authorized.tenant?;
     relay.enricher.check(&tenant, due).await?;
     let quotas = relay.quotas.quotas(&tenant).await;

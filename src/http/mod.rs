@@ -20,7 +20,15 @@ mod refusals;
 pub mod server;
 pub mod tls;
 
-use std::{convert::Infallible, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream};
@@ -77,6 +85,8 @@ pub struct Relay<P> {
     live: Live<Changing>,
     clock: Clock,
     bulkhead: Bulkhead,
+    /// Room for those who wait for an issuer's keys: they take none from whoever can be answered.
+    waiting: Bulkhead,
     metrics: Metrics,
 }
 
@@ -103,6 +113,7 @@ impl<P> Clone for Relay<P> {
             live: self.live.clone(),
             clock: self.clock,
             bulkhead: self.bulkhead.clone(),
+            waiting: self.waiting.clone(),
             metrics: self.metrics.clone(),
         }
     }
@@ -119,10 +130,10 @@ impl<P: CyberScan + Preload> Relay<P> {
         config: &Config,
         metrics: Metrics,
     ) -> Self {
-        let bulkhead = Bulkhead::new(config.max_in_flight);
+        let (bulkhead, waiting) = (Bulkhead::new(config.max_in_flight), Bulkhead::new(config.max_in_flight));
         let live = Live::new(Changing::of(config));
         let quotas = Arc::new(quotas);
-        Self { authenticator, enricher, quotas, live, clock, bulkhead, metrics }
+        Self { authenticator, enricher, quotas, live, clock, bulkhead, waiting, metrics }
     }
 
     /// Of `config`, takes what can change while it serves.
@@ -146,6 +157,23 @@ impl<P: CyberScan + Preload> Relay<P> {
     /// A place among the requests under way.
     fn place(&self) -> Result<Place, ErrorItem> {
         self.bulkhead.take().ok_or_else(error_reply::busy)
+    }
+
+    /// Who asks, and a place among the requests under way. Who has to wait for an issuer's keys waits elsewhere, and gets
+    /// a place when they have come.
+    async fn enter(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<(Authorized, Place), ErrorItem> {
+        let place = self.place()?;
+        let mut authorizing = pin!(self.authorize(headers, peer));
+        if let Poll::Ready(authorized) =
+            poll_fn(|context| Poll::Ready(authorizing.as_mut().poll(context))).await
+        {
+            return Ok((authorized?, place));
+        }
+        drop(place);
+        let waiting = self.waiting.take().ok_or_else(error_reply::busy)?;
+        let authorized = authorizing.await?;
+        drop(waiting);
+        Ok((authorized, self.place()?))
     }
 
     async fn authorize(&self, headers: &HeaderMap, peer: Option<Peer>) -> Result<Authorized, ErrorItem> {
@@ -172,8 +200,7 @@ impl<P: CyberScan + Preload> Relay<P> {
         peer: Option<Peer>,
         body: impl Stream<Item = Result<impl Buf, warp::Error>>,
     ) -> Result<(Authorized, Option<TenantPlace>, Bytes), ErrorItem> {
-        let place = self.place()?;
-        let authorized = self.authorize(headers, peer).await?;
+        let (authorized, place) = self.enter(headers, peer).await?;
         let place = match &authorized.tenant {
             Ok(tenant) => Some(place.of(tenant.id()).ok_or_else(error_reply::busy)?),
             Err(_) => None,

@@ -36,10 +36,16 @@ use super::{
     url::{Login, Mode, Url},
 };
 
-/// How long a connection may take to come up.
-pub(super) const CONNECT: Duration = Duration::from_secs(1);
+/// How long whoever wants a connection waits for it: sentinels, the master they name, all nodes of a cluster.
+pub(super) const LINK: Duration = Duration::from_secs(5);
+/// How long one connection may take to come up.
+const CONNECT: Duration = Duration::from_secs(1);
+/// The same for a node of a cluster: the others are waited for as well, and one that is silent must not use up the time.
+const CONNECT_NODE: Duration = Duration::from_millis(500);
 /// The driver waits for answers as long, longer than any blocking read; the relay itself gives up sooner.
 const ANSWER: Duration = Duration::from_secs(3);
+/// The same for a node of a cluster, for the same reason.
+const NODE_ANSWER: Duration = Duration::from_millis(1_500);
 /// Connections in the pool: the shared one, one for blocking reads, and room to replace them.
 const POOL: usize = 4;
 
@@ -199,8 +205,8 @@ impl Manager {
         let nodes: RedisResult<Vec<ConnectionInfo>> = self.config.urls.iter().map(Url::connection).collect();
         let mut builder = ClusterClientBuilder::new(nodes?)
             .use_protocol(self.first.protocol())
-            .connection_timeout(CONNECT)
-            .response_timeout(ANSWER.max(self.config.timeout));
+            .connection_timeout(CONNECT_NODE)
+            .response_timeout(NODE_ANSWER.max(self.config.timeout));
         if self.first.is_encrypted() {
             builder = builder.certs(self.config.files.load()?);
         }

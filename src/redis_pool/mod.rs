@@ -27,14 +27,14 @@ use tokio::time::{Instant, error::Elapsed, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use self::{
-    connect::{CONNECT, Pool},
-    trouble::{Complaints, reason, refuses},
-};
 pub use self::{
     connect::{FileFault, Files},
     trouble::tls_fault,
     url::{Login, Mode, NotARedis, Url, fit},
+};
+use self::{
+    connect::{LINK, Pool},
+    trouble::{Complaints, reason, refuses},
 };
 use crate::{
     flight::Flights,
@@ -164,7 +164,7 @@ impl Redis {
         [&self.0.prefix, name].concat()
     }
 
-    /// From now on waits as long as `config` says, and who connects logs in as it says. The connection there is stays: its
+    /// From now on waits as long as `config` says, and who connects logs in as it says. A connection that works stays: its
     /// login was good when it was made. So does the prefix of keys.
     ///
     /// # Errors
@@ -174,8 +174,8 @@ impl Redis {
         self.0.timeout.set(config.timeout);
         // The new login may be what it has been waiting for.
         let mut state = self.state();
-        if state.link.is_none() {
-            (state.failures, state.closed_until) = (0, None);
+        if state.link.is_none() || state.up != Some(true) {
+            (state.link, state.failures, state.closed_until) = (None, 0, None);
         }
         Ok(())
     }
@@ -230,7 +230,7 @@ impl Redis {
     /// # Errors
     /// [`Unavailable`] when none can be made.
     pub async fn own_link(&self) -> Result<Link, Unavailable> {
-        let connecting = timeout(CONNECT, self.0.pool.snapshot().connect()).await;
+        let connecting = timeout(LINK, self.0.pool.snapshot().connect()).await;
         connecting.map_err(|_| None).and_then(|link| link.map_err(Some)).map_err(|error| {
             self.complain(error.as_ref());
             Unavailable
@@ -308,6 +308,8 @@ impl Redis {
             _ => false,
         });
         let mut state = self.state();
+        // One on which nobody has logged in is of no use for ever.
+        let anonymous = error.is_some_and(|error| error.code() == Some("NOAUTH"));
         let broken = error.is_some_and(|error| error.is_io_error() || error.is_unrecoverable_error());
         let demoted = error.is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly));
         let connected = state.link.is_some();
@@ -316,7 +318,7 @@ impl Redis {
         }
         // A link may die without a sign: the other side gone, a line cut, a load balancer that forgot it.
         // Nothing would ever come of waiting for it.
-        if broken || demoted || state.silent >= FAILURES {
+        if broken || anonymous || demoted || state.silent >= FAILURES {
             state.link = None;
             state.silent = 0;
         }
@@ -520,6 +522,36 @@ mod tests {
         let count = |outcome| metrics.redis_operations.get((Operation::Read, outcome));
         assert!(count(RedisOutcome::Timeout) >= FAILURES.into() && count(RedisOutcome::Skipped) > 0);
         assert!(!redis.is_up());
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_silent_keeps_nobody_from_a_cluster() {
+        let nodes = crate::redis_server::RedisServer::cluster().await;
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let silent = format!("redis://{}", silent.local_addr().unwrap());
+        let urls: Vec<String> = [silent].into_iter().chain(nodes.iter().map(|node| node.url())).collect();
+        let redis = Redis::to_cluster(&urls);
+        let began = Instant::now();
+        while !ping(&redis).await.0 {
+            assert!(began.elapsed() < 2 * LINK, "no connection");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_login_that_is_corrected_is_used_at_once() {
+        let server = crate::redis_server::RedisServer::process(&["--requirepass", "word"]).await;
+        let of = |login: &str| {
+            let url = format!("redis://{login}127.0.0.1:{}", server.port());
+            Config::single(url.parse().unwrap(), PATIENCE)
+        };
+        for wrong in ["", ":another@"] {
+            let redis = Redis::new(&of(wrong), Metrics::new(), TaskTracker::new()).unwrap();
+            for _ in 0..2 * FAILURES {
+                assert!(!ping(&redis).await.0);
+            }
+            redis.reconfigure(&of(":word@")).unwrap();
+            assert!(ping(&redis).await.0, "{wrong:?}");
+        }
     }
 
     #[tokio::test]

@@ -56,6 +56,9 @@ pub(super) fn reason(error: &RedisError) -> &str {
     if known {
         return error.category();
     }
+    if error.to_string().contains("sentinel node") {
+        return "it is no sentinel";
+    }
     if error.kind() == ErrorKind::InvalidClientConfig {
         return "a file with certificates, or the key, cannot be used";
     }

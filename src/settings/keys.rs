@@ -185,6 +185,7 @@ pub const KEYS: &[Key] = &[
     value("telemetry.otlp_endpoint", "a URL such as http://127.0.0.1:4318"),
     share("telemetry.otlp_sampling", 1.0, "it is a share"),
     value("admin.listen", "an IP address and a port such as 127.0.0.1:9091"),
+    list("admin.hosts", "host names such as relay.ops.example, or *.ops.example, without a port").live(),
     value("admin.token", "a text of visible ASCII characters without blanks").secret().live(),
     list("redis.url", "URLs such as redis://user:password@redis.example:6379/0, or rediss://")
         .secret()

@@ -270,6 +270,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let worker_entries = from.at_least_one("worker.entries");
     let worker_idle = from.duration("worker.idle");
     let admin_listen = from.optional("admin.listen", values::listen);
+    let admin_hosts = from.list("admin.hosts", values::any::<admin::AdminHost>);
     let admin_token = from.optional("admin.token", values::token);
 
     // What each may be, and both may not.
@@ -423,7 +424,11 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
                 log_observables: log_observables?,
             },
             admin_listen: admin_listen?,
-            admin: admin::Config { token: admin_token? },
+            admin: admin::Config {
+                hosts: admin_hosts?,
+                log_observables: log_observables?,
+                token: admin_token?,
+            },
             shutdown_delay: shutdown_delay?,
             log: telemetry::Config { format: format?, level: level? },
             traces: {

@@ -19,9 +19,12 @@ if ARGV[1] == 'tell' then
   return 0
 end
 
--- 'due': ARGV: at most so many, after how long nobody does it any more. Answer: 1 if anything is told here, then tenants.
-local late = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3], 'LIMIT', 0, ARGV[2])
-if #late > 0 then redis.call('ZREM', KEYS[1], unpack(late)) end
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[2])
+-- 'due': ARGV: from, at most so many, after how long nobody does it any more. Answer: 1 if anything is told here, then
+-- tenants, the first that has something due first.
+if ARGV[2] == '0' then
+  local late = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4], 'LIMIT', 0, ARGV[3])
+  if #late > 0 then redis.call('ZREM', KEYS[1], unpack(late)) end
+end
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', ARGV[2], ARGV[3])
 table.insert(due, 1, redis.call('ZCARD', KEYS[1]) > 0 and '1' or '0')
 return due

@@ -17,7 +17,8 @@ end
 
 -- Reads count less the older they are: after three lives a third.
 local function faded(entry)
-  return entry.reads * math.exp((entry.at - now) / (3 * entry.life))
+  -- Nothing is later than now, unless the clock was set back.
+  return entry.reads * math.exp(math.min(0, entry.at - now) / (3 * entry.life))
 end
 
 -- Reads to be expected per life. Of what is younger than a life, a life is taken to have been watched.
@@ -57,16 +58,20 @@ if ARGV[1] == 'put' then
     if due < 0 then
       redis.call('ZREM', KEYS[2], name)
     elseif due > 0 and (entry.all >= 2 or entry.unread) then
-      redis.call('ZADD', KEYS[2], 'GT', now + due, name)
+      -- A claim or a later renewal is not undone by a read of an older copy. What is due later than either could be was
+      -- told by a clock that has been set back since.
+      local present = tonumber(redis.call('ZSCORE', KEYS[2], name) or nil)
+      if not present or present < now + due or present > now + math.max(life, 60000) then
+        redis.call('ZADD', KEYS[2], now + due, name)
+      end
       scheduled = 1
     end
     answer[#answer + 1] = math.floor(expected(entry) * 1000)
     answer[#answer + 1] = useful and 1 or 0
     answer[#answer + 1] = scheduled
   end
-  -- Of eight taken at random, the one with the fewest reads goes.
-  local most = tonumber(ARGV[2])
-  while redis.call('HLEN', KEYS[1]) > most do
+  -- Of eight taken at random, the one with the fewest reads goes. Where there may be fewer than before they go by and by.
+  for _ = 1, math.min(64, redis.call('HLEN', KEYS[1]) - tonumber(ARGV[2])) do
     local least, victim
     for _, name in ipairs(redis.call('HRANDFIELD', KEYS[1], 8)) do
       local entry = load(name)

@@ -6,7 +6,7 @@
 //! with a key derived from the tenant's, which only replicas have that the tenant has called.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -35,10 +35,11 @@ const PAGE: usize = 32;
 
 /// How often Redis is asked what is due; what is, is so two seconds at least before its end.
 const ASKED: Duration = Duration::from_secs(1);
-/// Tenants that are told of at once, of those that have something due.
+/// Tenants that are told of at once, of those that have something due, and how many times at most.
 const TENANTS: usize = 256;
+const TIMES: usize = 8;
 /// What nobody has done for so long nobody does any more: what was to be renewed has ended, and whoever asks renews it.
-const ABANDONED: Duration = Duration::from_secs(60);
+const ABANDONED: Duration = Duration::from_secs(30);
 /// Something due so much earlier than what was told is worth telling.
 const EARLIER: Duration = Duration::from_millis(100);
 
@@ -106,8 +107,8 @@ pub(super) struct Claimed {
 /// Who has something due.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum WithDue {
-    /// Tenants of these names.
-    Tenants(HashSet<String>),
+    /// Tenants of these names, the longest due first.
+    Tenants(Vec<String>),
     /// It is not told: each is to be looked at when its schedule says so.
     Untold,
 }
@@ -467,22 +468,34 @@ impl Shared {
         })
     }
 
-    async fn with_due(&self) -> Result<HashSet<String>, Unavailable> {
+    async fn with_due(&self) -> Result<Vec<String>, Unavailable> {
         {
-            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut asked = self.asked();
             if asked.is_some_and(|asked| asked.elapsed() < ASKED) {
-                return Ok(HashSet::new());
+                return Ok(Vec::new());
             }
             *asked = Some(Instant::now());
         }
-        let mut invocation = self.due.key(self.redis.key("due"));
-        invocation.arg("due").arg(TENANTS).arg(millis(ABANDONED));
-        let mut answer = self.ask(&invocation).await?.into_iter();
-        if answer.next().as_deref() == Some("0") {
-            // There is nothing, or nothing any more.
-            self.told().clear();
+        let mut tenants = Vec::new();
+        for from in (0..TIMES * TENANTS).step_by(TENANTS) {
+            let mut invocation = self.due.key(self.redis.key("due"));
+            invocation.arg("due").arg(from).arg(TENANTS).arg(millis(ABANDONED));
+            let mut answer = self.ask(&invocation).await?.into_iter();
+            if answer.next().as_deref() == Some("0") {
+                // There is nothing, or nothing any more.
+                self.told().clear();
+            }
+            let before = tenants.len();
+            tenants.extend(answer);
+            if tenants.len() - before < TENANTS {
+                break;
+            }
         }
-        Ok(answer.collect())
+        Ok(tenants)
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn told(&self) -> MutexGuard<'_, HashMap<TenantId, Instant>> {
@@ -514,6 +527,10 @@ impl Shared {
             })
         });
         let claimed = Claimed { due: due.collect(), schedule };
+        if schedule.next.is_some_and(|next| next.is_zero()) {
+            // More is due than could be claimed.
+            *self.asked() = None;
+        }
         // What is claimed is ours, also if this is not told: others look, and find nothing due.
         let _ = self.tell(tenant, schedule.next, true).await;
         Ok(claimed)
@@ -653,15 +670,16 @@ mod tests {
                 WithDue::Untold => panic!("it is shared"),
             }
         };
-        let only = |tenant: &Tenant| HashSet::from([tenant.label().to_string()]);
-        assert_eq!(due(&one).await, HashSet::new());
+        let only = |tenant: &Tenant| vec![tenant.label().to_string()];
+        let none = Vec::<String>::new;
+        assert_eq!(due(&one).await, none());
         one.put(&soon, &[entry(Duration::ZERO)]).await.unwrap();
-        one.put(&later, &[entry(2 * hour)]).await.unwrap();
+        one.put(&later, &[entry(hour / 2)]).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert_eq!((due(&one).await, due(&other).await), (only(&soon), only(&soon)));
         let lease = Duration::from_millis(400);
         assert_eq!(other.claim(&soon, 10, lease).await.unwrap().due.len(), 1);
-        assert_eq!((due(&one).await, due(&other).await), (HashSet::new(), HashSet::new()));
+        assert_eq!((due(&one).await, due(&other).await), (none(), none()));
         tokio::time::sleep(lease + Duration::from_millis(20)).await;
         assert_eq!(due(&one).await, only(&soon), "whoever claimed it is dead");
 
@@ -674,14 +692,14 @@ mod tests {
         assert_eq!(due(&one).await, only(&soon), "an entry is never due earlier than it was");
         // A Redis that has lost its memory is told again.
         let _: String = server.ask(&["FLUSHALL"]).await;
-        assert_eq!(due(&one).await, HashSet::new());
-        assert_eq!(due(&other).await, HashSet::new());
+        assert_eq!(due(&one).await, none());
+        assert_eq!(due(&other).await, none());
         other.put(&soon, &[second]).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert_eq!(due(&one).await, only(&soon));
         // What nobody does is not kept before the others for ever.
         let _: i64 = server.ask(&["ZADD", "relay:1:due", "1", &soon.label()]).await;
-        assert_eq!(due(&one).await, HashSet::new());
+        assert_eq!(due(&one).await, none());
         assert_eq!(server.ask::<i64>(&["EXISTS", "relay:1:due"]).await, 0);
     }
 

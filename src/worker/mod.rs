@@ -173,13 +173,6 @@ impl Book {
         self.due = schedule.next.map(|next| Instant::now() + next);
         self.scheduled = schedule.entries;
     }
-
-    fn has_due(&self, with_due: &WithDue) -> bool {
-        match with_due {
-            WithDue::Tenants(names) => names.contains(&*self.tenant.label()),
-            WithDue::Untold => self.due.is_some_and(|due| due <= Instant::now()),
-        }
-    }
 }
 
 impl<C: Renew> Worker<C> {
@@ -258,8 +251,22 @@ impl<C: Renew> Worker<C> {
         let Ok(with_due) = self.0.index.with_due().await else { return };
         let due: Vec<Arc<Tenant>> = {
             let books = self.books();
-            let due = books.values().filter(|book| book.look <= now && book.has_due(&with_due));
-            due.map(|book| Arc::clone(&book.tenant)).collect()
+            let may_work = books.values().filter(|book| book.look <= now);
+            match with_due {
+                WithDue::Untold => {
+                    let due = may_work.filter(|book| book.due.is_some_and(|due| due <= now));
+                    due.map(|book| Arc::clone(&book.tenant)).collect()
+                }
+                WithDue::Tenants(names) => {
+                    let known: HashMap<Arc<str>, &Arc<Tenant>> =
+                        may_work.map(|book| (book.tenant.label(), &book.tenant)).collect();
+                    names
+                        .iter()
+                        .filter_map(|name| known.get(name.as_str()).copied())
+                        .map(Arc::clone)
+                        .collect()
+                }
+            }
         };
         // Each may claim its part of the turns there are.
         let share = self.0.turns.available_permits().div_ceil(due.len().max(1));
@@ -334,11 +341,14 @@ impl<C: Renew> Worker<C> {
 
     /// Claims what of a tenant is due, at most `most` answers, and renews what is worth it.
     async fn look(&self, tenant: &Arc<Tenant>, most: usize) {
+        // Only what there are turns for is claimed: the rest is for others, or for later.
         let free = self.0.turns.available_permits().min(most);
-        if free == 0 {
-            return;
-        }
-        let Ok(claimed) = self.0.index.claim(tenant, free, LEASE).await else { return };
+        let turns = u32::try_from(free)
+            .ok()
+            .filter(|free| *free > 0)
+            .and_then(|free| Arc::clone(&self.0.turns).try_acquire_many_owned(free).ok());
+        let Some(mut turns) = turns else { return };
+        let Ok(claimed) = self.0.index.claim(tenant, turns.num_permits(), LEASE).await else { return };
         self.with(tenant, |book| book.planned(claimed.schedule));
         let mut dropped = Vec::new();
         for due in claimed.due {
@@ -348,11 +358,9 @@ impl<C: Renew> Worker<C> {
                 self.0.metrics.prefetch.inc((Prefetch::Wasted,));
                 self.with(tenant, |book| book.budget.wasted());
             }
-            // If others have taken the turns meanwhile, it is due again when the lease ends.
-            let turn = Arc::clone(&self.0.turns).try_acquire_owned();
             if due.unread {
                 dropped.push(due.dropped());
-            } else if let Ok(turn) = turn {
+            } else if let Some(turn) = turns.split(1) {
                 if self.with(tenant, |book| book.budget.take(due.expected)).unwrap_or(false) {
                     self.renew_due(turn, tenant, due);
                 } else {

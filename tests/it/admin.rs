@@ -150,6 +150,23 @@ async fn a_redis_that_is_away_is_a_degraded_relay_and_a_ready_one() {
 }
 
 #[tokio::test]
+async fn nothing_is_answered_by_a_name_that_somebody_else_may_own() {
+    let settings = [("RELAY_ADMIN_HOSTS", "relay.ops.example,*.lan.example"), TOKEN];
+    let relay = TestRelay::with(&settings).await;
+    let asked = async |host: &str, path: &str| {
+        let request = Request::get(path).header("host", host);
+        let request = request.body(Full::<bytes::Bytes>::default()).unwrap();
+        probe::call(relay.admin, request).await.unwrap().status()
+    };
+    for path in ["/", "/metrics", "/status", "/readyz", "/livez"] {
+        assert_eq!(asked("rebound.evil.example:9091", path).await, StatusCode::MISDIRECTED_REQUEST, "{path}");
+        for host in ["localhost", "127.0.0.1:9091", "[::1]", "relay", "relay.ops.example", "a.lan.example"] {
+            assert_eq!(asked(host, path).await, StatusCode::OK, "{path} by {host}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn only_who_has_the_token_can_purge_and_what_is_purged_is_asked_again() {
     let relay = TestRelay::with(&[TOKEN]).await;
     let asked = [("ip", "198.18.0.1"), ("ip", "198.18.0.2")];

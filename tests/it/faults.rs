@@ -381,6 +381,39 @@ async fn a_key_issuer_that_hangs_is_waited_for_once_and_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_who_wait_for_a_key_issuer_take_no_place_from_others() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = silent.local_addr().unwrap().to_string();
+    let sandbox = Arc::new(sandbox().await);
+    let issuers = format!("{},{silent}", sandbox.issuer.host());
+    let settings = [("RELAY_AUTH_JWKS_HOSTS", issuers.as_str()), ("RELAY_SERVER_MAX_IN_FLIGHT", "8")];
+    let relay = TestRelay::beside(&sandbox, &settings).await;
+    whole(relay.address, &relay.token(), IP).await;
+    let stranger = relay.token_with(&[("jwks_host", json!(silent))]);
+    let mut strangers = JoinSet::new();
+    for number in 0..20 {
+        let (address, token) = (relay.address, stranger.clone());
+        let path = if number % 2 == 0 { "/observe/observables" } else { "/health" };
+        strangers.spawn(async move {
+            let request = http::Request::post(path)
+                .header("host", "relay.test")
+                .header("authorization", format!("Bearer {token}"))
+                .body(http_body_util::Full::<bytes::Bytes>::from(list(&[("ip", IP)])));
+            let answer = cyberscan_relay::probe::call(address, request.unwrap()).await.unwrap();
+            serde_json::from_slice::<Value>(answer.body()).unwrap()
+        });
+    }
+    sleep(Duration::from_millis(300)).await;
+    for _ in 0..20 {
+        whole(relay.address, &relay.token(), IP).await;
+    }
+    let answers = strangers.join_all().await;
+    let busy = answers.iter().filter(|answer| codes(answer) == ["too many requests"]).count();
+    let refused = answers.iter().filter(|answer| codes(answer) == ["authorization error"]).count();
+    assert_eq!((busy, refused), (12, 8), "{answers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_that_are_replaced_under_load_refuse_nobody() {
     let relay = TestRelay::start().await;
     let mut callers = JoinSet::new();
