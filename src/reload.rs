@@ -169,8 +169,8 @@ fn attainable(started: &Settings, current: &Settings, mut new: Settings) -> Sett
             Some(wanted) if same_servers(Some(&at_start), Some(wanted)) => &wanted.urls,
             _ => &now.urls,
         };
-        let redis_pool::Config { timeout, sentinel_login, .. } = wanted.unwrap_or(now).clone();
-        redis_pool::Config { urls: urls.clone(), timeout, sentinel_login, ..at_start }
+        let redis_pool::Config { timeout, login, sentinel_login, .. } = wanted.unwrap_or(now).clone();
+        redis_pool::Config { urls: urls.clone(), timeout, login, sentinel_login, ..at_start }
     });
     if !speak_the_same(started, &new) {
         new.http.tls.clone_from(&current.http.tls);

@@ -25,7 +25,7 @@ const MAGIC: &[u8; 2] = b"A1";
 /// Magic and version.
 const HEAD: usize = 2 + 16;
 /// How long data that was refused makes acceptances from before doubtful; longer than a replica could hold one.
-pub(super) const SUSPECTED: Duration = Duration::from_secs(24 * 3600);
+pub(super) const SUSPECTED: Duration = Duration::from_secs(48 * 3600);
 
 /// That CyberScan accepted a tenant's key.
 #[derive(Clone, Copy)]
@@ -40,7 +40,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     pub(super) async fn accept(&self, call: &Call) -> Result<Instant, Error> {
         let (revalidate, longest) = {
             let config = self.0.config.get();
-            (config.revalidate, config.longest_life().max(config.revalidate))
+            (config.revalidate, config.longest_life() + config.revalidate)
         };
         let tenant = &call.tenant;
         let accepted = self.0.accepted.get(&tenant.id());
@@ -122,6 +122,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             }
             Err(error) => {
                 if *error == Error::Unauthorized {
+                    // Also where nothing can be told: what others had accepted before is not believed any more.
+                    self.suspect(tenant.id());
                     self.revoke(tenant).await;
                 }
                 if let (Some(shared), Some(owner)) = (self.0.shared.clone(), owner) {
@@ -167,7 +169,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     fn share_acceptance(&self, tenant: &Arc<Tenant>, at: Instant, version: u64, owner: Option<String>) {
         let Some(shared) = self.0.shared.clone() else { return };
         let config = self.0.config.get();
-        let until = at + config.longest_life().max(config.revalidate);
+        let until = at + config.longest_life() + config.revalidate;
         let token = self.0.next.access_token(tenant).unwrap_or_default();
         let size = token.expose_secret().len();
         let (name, tenant, this) = (name_of(tenant), Arc::clone(tenant), Arc::downgrade(&self.0));

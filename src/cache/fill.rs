@@ -79,7 +79,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
         if let Some(mut ahead) = self.0.prefetches.running(&key.name)
             && let Ok(Ok(outcome)) = timeout_at(deadline, ahead.wait_for(Option::is_some)).await
             && let Some(Ok(filled)) = &*outcome
-            && filled.kept.version > version
+            && filled.kept.version > version.max(self.order().purged_before(key))
         {
             return Ok(filled.clone());
         }
@@ -98,6 +98,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             match outcome {
                 // Whoever began it had no time left for a call; who joined may have.
                 Err(Error::Limited { .. } | Error::TooLate { .. }) if !own => {}
+                // It began before it was purged; whoever asks now came later.
+                Ok(filled) if !own && filled.kept.version <= self.order().purged_before(key) => {}
                 outcome => return outcome,
             }
         }
@@ -331,8 +333,8 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
     }
 
     fn remember_failure(&self, key: &Key, error: &Error) {
-        // A refused key is the tenant's affair, a host's rest the breaker's; that nothing was sent is nobody's.
-        if !error.is_telling() || matches!(error, Error::Unauthorized | Error::Resting { .. }) {
+        // A host's rest is the breaker's affair; that nothing was sent is nobody's.
+        if !error.is_telling() || matches!(error, Error::Resting { .. }) {
             return;
         }
         let failure = Failure::after(self.0.failures.get(&key.name), error.clone());
@@ -382,6 +384,11 @@ impl Failure {
     /// The failure that follows `last`: each pause is twice the last one, give or take a fifth.
     pub(super) fn after(last: Option<Self>, error: Error) -> Self {
         let pause = last.map_or(FIRST_PAUSE, |last| (last.pause * 2).min(LONGEST_PAUSE));
-        Self { error, until: Instant::now() + pause.mul_f64(0.8 + 0.4 * chance()), pause }
+        let mut rest = pause.mul_f64(0.8 + 0.4 * chance());
+        if let Error::Throttled { retry_after } = error {
+            // It was said when to come back; the limiter keeps the pause of all others.
+            rest = rest.min(retry_after);
+        }
+        Self { error, until: Instant::now() + rest, pause }
     }
 }

@@ -227,7 +227,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Box::pin(self.bring(vec![key.clone()], false)).await;
             there = self.in_memory::<K>(&key);
         }
-        let (kept, freshness, source) = match there {
+        let (mut kept, freshness, mut source) = match there {
             Some((kept, freshness)) => {
                 let source = self.count_memory::<K>(call, &kept, freshness);
                 (kept, freshness, source)
@@ -254,7 +254,17 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             Freshness::IfError | Freshness::Dead => {
                 let soft = call.deadline.min(Instant::now() + self.0.config.get().soft_timeout);
                 let filled = traced::<K>(self.fill_by::<K>(&key, call, subject, kept.version, soft));
-                match Box::pin(filled).await {
+                let mut filled = Box::pin(filled).await;
+                // What another replica had may be as old; then CyberScan is asked.
+                if let Ok(other) = &filled
+                    && other.adopted
+                    && matches!(self.freshness::<K>(&other.kept), Freshness::IfError | Freshness::Dead)
+                {
+                    (kept, source) = (other.kept.clone(), &call.tally.redis);
+                    let newer = traced::<K>(self.fill_by::<K>(&key, call, subject, kept.version, soft));
+                    filled = Box::pin(newer).await;
+                }
+                match filled {
                     Ok(filled) => {
                         tick(if filled.adopted { &call.tally.redis } else { &call.tally.upstream });
                         self.note::<K>(call, &key, subject, &filled.kept);

@@ -32,6 +32,8 @@ pub const TOLERANCE: Duration = Duration::from_secs(2);
 const LONGEST_STEP: Duration = Duration::from_secs(48 * 3600);
 /// The most stamps there are; more are fewer, wider ones.
 pub const STAMPS: usize = 10_000;
+/// The most keys that digests of observables are made with.
+const DIGESTS: usize = 8;
 /// The present when the process began: early enough that what is older than the process has a version, too.
 const BEGINNING: u64 = 1 << 52;
 /// The clocks have not been compared yet.
@@ -223,7 +225,15 @@ impl Order {
     /// Digests of observables are made with the first of the keys values are sealed with from now on; those that were
     /// made with the others, or without any, are understood.
     pub fn seal_with(&self, keys: &[[u8; 32]]) {
-        self.digests.set(keys.iter().map(<[u8; 32]>::as_slice).chain([&[][..]]).map(digest_key).collect());
+        let new = keys.iter().map(<[u8; 32]>::as_slice).chain([&[][..]]).map(digest_key);
+        let mut digests: Vec<hmac::Key> = Vec::new();
+        // Those from before for as long as the process lives: what was purged by them stays purged.
+        for key in new.chain(self.digests.get().iter().cloned()) {
+            if digests.len() < DIGESTS && !digests.iter().any(|known| digest(known, "") == digest(&key, "")) {
+                digests.push(key);
+            }
+        }
+        self.digests.set(digests);
     }
 
     /// The scope of all answers about the observable that is spelt `subject`.
@@ -382,8 +392,11 @@ impl Order {
             self.clock.compare(version);
         }
         let doubted = now < self.doubted_until.load(Ordering::Relaxed);
-        let least = if doubted { now.saturating_add(micros(MARGIN)) } else { 0 };
-        let own = self.clock.own(version)?.clamp(least, now.saturating_add(micros(TOLERANCE)));
+        let told = self.clock.own(version)?;
+        // What is known already, and told again by another clock, is not purged anew.
+        let again = known.version > 0 && told.abs_diff(known.version) <= 2 * micros(MARGIN);
+        let least = if doubted && !again { now.saturating_add(micros(MARGIN)) } else { 0 };
+        let own = told.clamp(least, now.saturating_add(micros(TOLERANCE)));
         stamps.insert(scope, Stamp { version: known.version.max(own), told: version, ..known });
         (own > known.version).then_some(own)
     }

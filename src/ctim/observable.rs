@@ -106,7 +106,8 @@ impl DomainName {
     /// The name that `text` spells, if it spells one.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let text = text.strip_suffix('.').unwrap_or(text);
+        // The ideographic full stops, too: IDNA takes them for dots.
+        let text = text.strip_suffix(['.', '\u{3002}', '\u{ff0e}', '\u{ff61}']).unwrap_or(text);
         let name = if text.is_ascii() {
             text.to_ascii_lowercase()
         } else {

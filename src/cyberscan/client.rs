@@ -318,7 +318,10 @@ impl<A: Admission> Client<A> {
             Ok(_) => latency.answered(took),
             Err(Error::TimedOut { after }) => {
                 let cut_short = allowed < self.0.config.get().timeout
-                    && latency.usual().is_some_and(|usual| allowed < usual);
+                    && latency
+                        .usual()
+                        .or_else(|| latency.longest_answer())
+                        .is_some_and(|usual| allowed < usual);
                 latency.unanswered(allowed);
                 if cut_short {
                     *outcome = Err(Error::TooLate { after: *after });

@@ -40,7 +40,10 @@ pub(super) fn label(text: &str, ids: &[String]) -> Option<String> {
         let plain = !text.starts_with(['[', '{']) && words(text).all(|word| well_formed(&word).is_some());
         return Some(if plain { text.to_owned() } else { ids.join(", ") });
     }
-    (!names_nothing(text)).then(|| text.to_owned())
+    // A list or an object without one has nothing a finding could be called by.
+    let structured = text.starts_with(['[', '{']);
+    let nothing = text.split([',', ';', '|']).all(|part| names_nothing(part.trim()));
+    (!structured && !nothing && !names_nothing(text)).then(|| text.to_owned())
 }
 
 /// The words of `text`, with a plain hyphen for every typographic one.

@@ -18,8 +18,9 @@ use crate::egress::Host;
 /// Calls that are looked back at, and for how long.
 const CALLS: usize = 64;
 const AGE: Duration = Duration::from_secs(60);
-/// Fewer say nothing.
+/// Fewer do not say what is usual; of those the longest of a longer time is believed.
 const ENOUGH: usize = 8;
+const LONG_AGO: Duration = Duration::from_secs(900);
 /// What is left for a call where calls take no time, and the part of the whole time that may be left at most:
 /// who comes has a right to try.
 const FLOOR: Duration = Duration::from_millis(100);
@@ -82,8 +83,24 @@ impl Latency {
         match self.quantile(|_| true) {
             // A little more: five in a hundred took longer, and an answer has to be passed on.
             Some(usual) => (usual.mul_f64(1.25) + FLOOR / 2).max(FLOOR).min(patience.mul_f64(CAP)),
-            None => (patience / 10).min(Duration::from_secs(1)),
+            None => {
+                let cold = (patience / 10).min(Duration::from_secs(1));
+                let seen = self.longest(|_| true).unwrap_or_default();
+                cold.max(seen.mul_f64(1.25).min(patience.mul_f64(CAP)))
+            }
         }
+    }
+
+    /// How long answers have taken at most, where there were too few of late to say what is usual.
+    #[must_use]
+    pub fn longest_answer(&self) -> Option<Duration> {
+        self.longest(|sample| sample.answered)
+    }
+
+    fn longest(&self, of: impl Fn(&Sample) -> bool) -> Option<Duration> {
+        let samples = self.samples();
+        let recent = samples.iter().rev().filter(|sample| of(sample) && sample.at.elapsed() <= LONG_AGO);
+        recent.take(ENOUGH).map(|sample| sample.took).max()
     }
 
     fn note(&self, took: Duration, answered: bool) {
@@ -95,12 +112,9 @@ impl Latency {
     }
 
     fn quantile(&self, of: impl Fn(&Sample) -> bool) -> Option<Duration> {
-        let mut samples = self.samples();
-        while samples.front().is_some_and(|sample| sample.at.elapsed() > AGE) {
-            samples.pop_front();
-        }
-        let mut took: Vec<Duration> =
-            samples.iter().filter(|sample| of(sample)).map(|sample| sample.took).collect();
+        let samples = self.samples();
+        let recent = samples.iter().filter(|sample| of(sample) && sample.at.elapsed() <= AGE);
+        let mut took: Vec<Duration> = recent.map(|sample| sample.took).collect();
         drop(samples);
         if took.len() < ENOUGH {
             return None;
@@ -139,6 +153,21 @@ mod tests {
             latency.answered(Duration::from_millis(1));
         }
         assert_eq!(latency.needed(20 * SECOND), FLOOR);
+    }
+
+    /// A small quota makes few calls: those there were say what the next one takes.
+    #[tokio::test(start_paused = true)]
+    async fn few_calls_say_how_long_one_may_take() {
+        let latency = Latency::default();
+        latency.answered(3 * SECOND);
+        assert_eq!((latency.usual(), latency.longest_answer()), (None, Some(3 * SECOND)));
+        assert_eq!(latency.needed(15 * SECOND), 3750 * SECOND / 1000);
+        advance(AGE + SECOND).await;
+        latency.answered(SECOND / 10);
+        assert_eq!(latency.needed(15 * SECOND), 3750 * SECOND / 1000);
+        advance(LONG_AGO).await;
+        latency.answered(SECOND / 10);
+        assert_eq!(latency.needed(15 * SECOND), SECOND, "nothing is known any more");
     }
 
     #[tokio::test(start_paused = true)]

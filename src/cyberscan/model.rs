@@ -140,7 +140,9 @@ fn record<T: DeserializeOwned>(body: &[u8]) -> Result<T, Malformed> {
         Value::String(text) => text.trim().is_empty(),
         Value::Array(list) => list.is_empty(),
         Value::Object(members) => members.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
+        // How many there are.
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::Bool(true) => false,
     };
     let Told { error, errors } = object(body)?;
     match [error, errors].iter().flatten().all(quiet) {
@@ -164,6 +166,15 @@ fn link(value: Option<Value>, pages: &HostPatterns) -> Option<String> {
     fits.then(|| url.into())
 }
 
+/// A list or an object as it is read: what is written of line breaks in it are blanks.
+fn unescaped(cell: &str) -> String {
+    if cell.starts_with(['[', '{']) {
+        ["\\n", "\\r", "\\t"].iter().fold(cell.to_owned(), |text, escape| text.replace(escape, " "))
+    } else {
+        cell.to_owned()
+    }
+}
+
 impl Finding {
     fn new(cells: &[(String, Box<RawValue>)]) -> Self {
         let table: Vec<(String, String)> =
@@ -173,17 +184,18 @@ impl Finding {
             let (_, text) = table.iter().find(|(name, _)| name == key)?;
             (!matches!(text.as_str(), "" | "[]" | "{}")).then(|| text.clone())
         };
-        let number = |key: &str| severity::number(&text(key)?);
+        let number = |key: &str| severity::number_in(&text(key)?);
         let cve = text("cve").unwrap_or_default();
-        let cves = cve::ids(&cve);
+        let cves = cve::ids(&unescaped(&cve));
         // Greenbone's `severity` is the score itself.
-        let cvss = number("cvss").or_else(|| number("severity").filter(|score| (0.0..=10.0).contains(score)));
+        let graded = || severity::number(&text("severity")?).filter(|score| (0.0..=10.0).contains(score));
+        let cvss = number("cvss").or_else(graded);
         Self {
             name: text("name"),
             description: text("description"),
             cve: cve::label(&cve, &cves),
             cves,
-            severity: severity::graded(text("severity").as_deref(), cvss),
+            severity: severity::graded(text("severity").map(|word| unescaped(&word)).as_deref(), cvss),
             cvss,
             detection_quality: number("confidence"),
             table,

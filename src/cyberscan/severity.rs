@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | critical, high, medium, low, info, none | the same | CTIM 1.1.11; CVSS v3.1 §5 |
 //! | information, informational | Info | Nessus, Burp |
-//! | important, moderate | High, Medium | Red Hat and Microsoft severity ratings |
+//! | important, moderate | High, Medium, unless there is a score; likewise the next four rows | Red Hat and Microsoft severity ratings |
 //! | severe, serious, urgent, minimal | High, High, Critical, Low | Nexpose; Qualys levels 3, 5, 1 |
 //! | hole, warning, note (also "security hole", …) | High, Medium, Low | OpenVAS and Nessus report classes before CVSS |
 //! | negligible, unimportant | Low, Info | Debian and Ubuntu security trackers |
@@ -20,9 +20,10 @@ use crate::ctim::sighting::Severity;
 
 /// The severity that `word` and `cvss` come to; Unknown only where neither grades the finding.
 pub(super) fn graded(word: Option<&str>, cvss: Option<f64>) -> Severity {
-    let band = cvss.and_then(band);
+    let band = cvss.and_then(score);
     match word.map(meaning) {
         Some(Meaning::Grade(severity)) => severity,
+        Some(Meaning::Synonym(severity)) => band.unwrap_or(severity),
         Some(Meaning::Message) => band.filter(|band| *band > Severity::Info).unwrap_or(Severity::Info),
         Some(Meaning::Unsaid) | None => band.unwrap_or(Severity::Unknown),
     }
@@ -31,6 +32,8 @@ pub(super) fn graded(word: Option<&str>, cvss: Option<f64>) -> Severity {
 /// What a word says about how bad a finding is.
 enum Meaning {
     Grade(Severity),
+    /// As other scanners have it; a score says more.
+    Synonym(Severity),
     /// It is no finding, but a message of the scan.
     Message,
     /// Nothing that this table knows.
@@ -40,12 +43,18 @@ enum Meaning {
 fn meaning(word: &str) -> Meaning {
     let letters: String = word.chars().filter(|c| c.is_alphabetic()).flat_map(char::to_lowercase).collect();
     Meaning::Grade(match letters.trim_start_matches("security") {
-        "critical" | "urgent" => Severity::Critical,
-        "high" | "important" | "severe" | "serious" | "hole" => Severity::High,
-        "medium" | "moderate" | "warning" => Severity::Medium,
-        "low" | "minimal" | "negligible" | "note" => Severity::Low,
-        "info" | "information" | "informational" | "unimportant" => Severity::Info,
-        "none" | "falsepositive" => Severity::None,
+        "critical" => Severity::Critical,
+        "high" => Severity::High,
+        "medium" => Severity::Medium,
+        "low" => Severity::Low,
+        "info" | "information" | "informational" => Severity::Info,
+        "none" => Severity::None,
+        "urgent" => return Meaning::Synonym(Severity::Critical),
+        "important" | "severe" | "serious" | "hole" => return Meaning::Synonym(Severity::High),
+        "moderate" | "warning" => return Meaning::Synonym(Severity::Medium),
+        "minimal" | "negligible" | "note" => return Meaning::Synonym(Severity::Low),
+        "unimportant" => return Meaning::Synonym(Severity::Info),
+        "falsepositive" => return Meaning::Synonym(Severity::None),
         "log" | "logmessage" | "debug" | "debugmessage" | "error" | "errormessage" => {
             return Meaning::Message;
         }
@@ -60,6 +69,11 @@ fn meaning(word: &str) -> Meaning {
         },
         _ => return Meaning::Unsaid,
     })
+}
+
+/// The band of what stands where a score should: one above 10 is no score, but nothing that may be overlooked either.
+fn score(cvss: f64) -> Option<Severity> {
+    if cvss > 10.0 { Some(Severity::Critical) } else { band(cvss) }
 }
 
 /// The qualitative band of a CVSS score (CVSS v3.1 §5); what is below 0 or above 10 is no score.
@@ -87,9 +101,53 @@ pub(super) fn number(text: &str) -> Option<f64> {
     (unit && number.is_finite()).then_some(number)
 }
 
+/// The number in `text`, also where something stands before it or another follows: `QoD: 30%`, `~30`, `30-50`, `9.8,7.5`.
+/// A number that is part of something else (`CVSS:3.1/AV:N`, `v2`) is none.
+pub(super) fn number_in(text: &str) -> Option<f64> {
+    number(text).or_else(|| {
+        let text = text.trim();
+        let digit = |c: char| c.is_ascii_digit() || c == '.';
+        let begin = text.find(|c: char| c.is_ascii_digit())?;
+        let (before, rest) = text.split_at_checked(begin)?;
+        let (run, after) = rest.split_at_checked(rest.find(|c| !digit(c)).unwrap_or(rest.len()))?;
+        let alone = before.chars().next_back().is_none_or(|c| c.is_whitespace() || "~(<>=≈≥≤".contains(c));
+        let goes_on = after.chars().next().is_some_and(|c| c.is_alphanumeric() || c == '/');
+        let another = after.contains(|c: char| c.is_ascii_digit());
+        // Of several the first counts, if the text begins with it.
+        if !alone || goes_on || (another && !before.is_empty()) {
+            return None;
+        }
+        run.trim_end_matches('.').parse().ok()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_is_found_among_words_and_before_others() {
+        for (text, value) in [
+            ("QoD: 30%", Some(30.0)),
+            ("~30%", Some(30.0)),
+            ("30+", Some(30.0)),
+            ("30-50", Some(30.0)),
+            ("9.8,7.5", Some(9.8)),
+            ("CVSS 9.8", Some(9.8)),
+            ("score (7.5)", Some(7.5)),
+            ("7,5", Some(7.5)),
+            ("CVSS:3.1/AV:N/AC:L", None),
+            ("v2", None),
+            ("30 of 50 in 7", Some(30.0)),
+            ("between 30 and 50", None),
+            ("1.2.3", None),
+            ("0x1f", None),
+            ("30days", None),
+            ("high", None),
+        ] {
+            assert_eq!(number_in(text), value, "{text}");
+        }
+    }
 
     #[test]
     fn words_are_graded_by_the_table_whatever_their_spelling() {
@@ -128,7 +186,10 @@ mod tests {
     #[test]
     fn a_word_counts_before_the_score_and_a_score_where_no_word_grades() {
         assert_eq!(graded(Some("Low"), Some(9.8)), Severity::Low);
-        assert_eq!(graded(Some("False Positive"), Some(9.8)), Severity::None);
+        // What the contract has no word for is graded by the score, if there is one.
+        assert_eq!(graded(Some("False Positive"), Some(9.8)), Severity::Critical);
+        assert_eq!(graded(Some("Moderate"), Some(9.8)), Severity::Critical);
+        assert_eq!(graded(Some("Informational"), Some(9.8)), Severity::Info);
         assert_eq!(graded(Some("Log"), Some(0.0)), Severity::Info);
         assert_eq!(graded(Some("Log"), Some(9.8)), Severity::Critical, "no message of a scan has a score");
         for (score, severity) in [
@@ -143,7 +204,8 @@ mod tests {
             (8.9, Severity::High),
             (9.0, Severity::Critical),
             (10.0, Severity::Critical),
-            (10.1, Severity::Unknown),
+            (10.1, Severity::Critical),
+            (98.0, Severity::Critical),
             (-1.0, Severity::Unknown),
         ] {
             assert_eq!(graded(None, Some(score)), severity, "{score}");

@@ -245,7 +245,7 @@ fn unreached(config: &Config, about: &str, text: &str) -> Finding {
 
 fn password(config: &Config, about: &str) -> Finding {
     let check = Check::RedisAuth;
-    if config.urls.iter().any(Url::has_password) {
+    if config.has_password() {
         Finding::ok(check, about, "accepts user and password")
     } else if config.urls.iter().all(Url::is_local) {
         Finding::ok(check, about, "no password required; it is on this machine")

@@ -10,7 +10,7 @@ use std::{error::Error as _, path::PathBuf, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use ipnet::IpNet;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use url::Url;
 
 use super::{AddressGuard, Host, resolver::GuardedResolver, tls};
@@ -88,7 +88,7 @@ pub enum Transport {
     TooLarge,
 }
 
-/// How long a body may stay silent.
+/// How long a body may stay silent. How long the head may take is for whoever calls to say.
 const READ: Duration = Duration::from_secs(5);
 
 impl Http {
@@ -112,7 +112,6 @@ impl Http {
             .gzip(true)
             .tcp_nodelay(true)
             .connect_timeout(config.connect_timeout)
-            .read_timeout(READ)
             .pool_idle_timeout(Duration::from_secs(60))
             .pool_max_idle_per_host(32);
         if let Some(proxy) = &config.proxy {
@@ -147,7 +146,9 @@ impl Http {
         }
         let mut response = request.send().await.map_err(|error| classify(&error))?;
         let mut body = BytesMut::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| broken(&error))? {
+        loop {
+            let chunk = timeout(READ, response.chunk()).await.map_err(|_| Transport::TimedOut)?;
+            let Some(chunk) = chunk.map_err(|error| broken(&error))? else { break };
             if body.len() + chunk.len() > call.limit {
                 return Err(Transport::TooLarge);
             }
@@ -268,7 +269,7 @@ mod tests {
     #[tokio::test]
     async fn a_host_that_falls_silent_is_given_up_before_the_deadline() {
         let (http, host, sandbox) = issuer().await;
-        sandbox.issuer.respond_with(IssuerBehaviour::Hang);
+        sandbox.issuer.respond_with(IssuerBehaviour::HangInBody);
         let hour = Duration::from_secs(3_600);
         let asking = tokio_util::task::TaskTracker::new().spawn(async move {
             let call = get(&host, "/.well-known/jwks", 1, hour);
@@ -281,6 +282,22 @@ mod tests {
         tokio::time::pause();
         let silent = Instant::now();
         assert_eq!(asking.await.unwrap(), Err(Transport::TimedOut));
-        assert!(silent.elapsed() <= READ, "{:?}", silent.elapsed());
+        assert!(silent.elapsed() <= 2 * READ, "{:?}", silent.elapsed());
+    }
+
+    /// It is the caller who says how long an answer may take to begin.
+    #[tokio::test]
+    async fn an_answer_that_begins_late_is_waited_for() {
+        let (http, host, sandbox) = issuer().await;
+        sandbox.issuer.respond_with(IssuerBehaviour::Delay(2 * READ));
+        let minute = Duration::from_secs(60);
+        let asking = tokio_util::task::TaskTracker::new().spawn(async move {
+            http.send(get(&host, "/.well-known/jwks", 1 << 20, minute)).await.map(|reply| reply.status)
+        });
+        while sandbox.issuer.fetches() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::pause();
+        assert_eq!(asking.await.unwrap(), Ok(StatusCode::OK));
     }
 }

@@ -26,6 +26,8 @@ struct Line {
     /// Calls made while Redis was away: those in the window, and all there ever were.
     alone: Calls,
     ever_alone: u64,
+    /// Of these, those that Redis has counted.
+    known_alone: u64,
     /// Since when Redis has lost what it had granted, and not been told again.
     lost: Option<u64>,
     /// Calls of all replicas, as Redis last said, and when.
@@ -57,6 +59,7 @@ impl Ledger {
                 granted: Calls::new(window.per),
                 alone: Calls::new(window.per),
                 ever_alone: 0,
+                known_alone: 0,
                 lost: None,
                 heard: None,
             },
@@ -80,8 +83,9 @@ impl Ledger {
         let awaited = self.awaited;
         least(self.lines.iter_mut().filter(|line| !line.spaced()).map(|line| {
             let limit = line.window.limit.get();
-            // What was made alone is among what was granted, and what is to be decided now.
-            let alone = line.alone.made(now);
+            // What was made alone and Redis does not know of is among what was granted, and what is to be decided now.
+            let unknown = u32::try_from(line.ever_alone - line.known_alone).unwrap_or(u32::MAX);
+            let alone = line.alone.made(now).min(unknown);
             let before = line.granted.made(now).saturating_sub(alone + awaited);
             let left = limit.saturating_sub(before.max(line.heard(now).unwrap_or_default()));
             // Of a quota too small to be shared one call, unless it is known to be used up.
@@ -184,6 +188,7 @@ impl Ledger {
         for report in &told.windows {
             if let Some(line) = self.lines.iter_mut().find(|line| line.window.per == report.window.per) {
                 line.lost = None;
+                line.known_alone = line.known_alone.max(report.ever_alone.min(line.ever_alone));
                 all &= line.ever_alone == report.ever_alone;
             }
         }

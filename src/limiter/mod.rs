@@ -38,7 +38,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{StreamExt, future::BoxFuture, stream};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -66,6 +66,8 @@ use crate::{
 const TENANTS: u64 = 10_000;
 /// How often is looked for what Redis has to be told, and for accounts that have not been used for long.
 const TIDY: Duration = Duration::from_secs(1);
+/// Accounts that are looked after at once.
+const ABREAST: usize = 64;
 /// The fleet's name in Redis; tenants' have 32 digits.
 const FLEET: &str = "fleet";
 
@@ -153,10 +155,12 @@ impl Limiter {
                 };
                 let Ok(memory) = shared.memory().await else { continue };
                 let forgotten = known.as_ref() != Some(&memory);
-                let mut told = self.windows().fleet.tidy(forgotten).await;
-                for (_, queue) in &self.0.tenants {
-                    told = told && queue.account.tidy(forgotten).await;
-                }
+                // Side by side, each whatever becomes of the others: what Redis does not know others may spend.
+                let fleet = self.windows().fleet.tidy(forgotten).await;
+                let tenants: Vec<_> = self.0.tenants.iter().map(|(_, queue)| queue).collect();
+                let tidying = |queue: Arc<Queue<Account>>| async move { queue.account.tidy(forgotten).await };
+                let all = stream::iter(tenants).map(tidying).buffer_unordered(ABREAST);
+                let told = all.fold(fleet, |all, one| std::future::ready(all && one)).await;
                 if told {
                     known = Some(memory);
                 }

@@ -51,8 +51,11 @@ impl Pauses {
     pub(super) fn too_fast(&self, tenant: &Arc<str>, retry_after: Option<Duration>) -> Duration {
         let pause = self.of(tenant);
         let mut pause = lock(&pause);
-        let growing = FIRST.saturating_mul(1 << pause.strikes.min(6)).min(LONGEST);
-        pause.strikes = pause.strikes.saturating_add(1);
+        // Of calls that were under way together each is told; that is one strike.
+        if pause.until.is_none_or(|until| until <= Instant::now()) {
+            pause.strikes = pause.strikes.saturating_add(1);
+        }
+        let growing = FIRST.saturating_mul(1 << pause.strikes.saturating_sub(1).min(6)).min(LONGEST);
         let length = retry_after.unwrap_or(growing);
         pause.extend(length);
         length

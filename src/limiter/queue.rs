@@ -139,12 +139,11 @@ impl<Q: Quota> Queues<Q> {
         queue: &Queue<Q::Account>,
         deadline: Instant,
     ) -> Result<Permit, Refused> {
-        if let Some(wait) = self.0.quota.pause(&queue.account)
-            && Instant::now() + wait > deadline
-        {
-            return Err(Refused { wait, scope: QuotaScope::Tenant });
-        }
         while let Some(wait) = self.0.quota.pause(&queue.account) {
+            // It may have been made longer meanwhile.
+            if Instant::now() + wait > deadline {
+                return Err(Refused { wait, scope: QuotaScope::Tenant });
+            }
             sleep(wait).await;
         }
         let slot = timeout_at(deadline, Arc::clone(&queue.slots).acquire_owned()).await;

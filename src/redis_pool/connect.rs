@@ -174,7 +174,7 @@ impl managed::Manager for Manager {
 
     async fn create(&self) -> RedisResult<Link> {
         Ok(match self.config.mode {
-            Mode::Single => Link::Node(self.node(self.first.connection()?).await?),
+            Mode::Single => Link::Node(self.node(self.info(&self.first)?).await?),
             Mode::Sentinel => Link::Node(self.master().await?),
             Mode::Cluster => Link::Cluster(self.cluster().await?),
         })
@@ -192,6 +192,11 @@ impl Manager {
         AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(answer))
     }
 
+    /// How what `url` leads to is spoken to.
+    fn info(&self, url: &Url) -> RedisResult<ConnectionInfo> {
+        url.connection(&self.config.login(url), self.config.database(url))
+    }
+
     async fn node(&self, info: ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let info = if self.first.is_encrypted() {
             Client::build_with_tls(info, self.config.files.load()?)?.get_connection_info().clone()
@@ -202,7 +207,8 @@ impl Manager {
     }
 
     async fn cluster(&self) -> RedisResult<ClusterConnection> {
-        let nodes: RedisResult<Vec<ConnectionInfo>> = self.config.urls.iter().map(Url::connection).collect();
+        let nodes: RedisResult<Vec<ConnectionInfo>> =
+            self.config.urls.iter().map(|url| self.info(url)).collect();
         let mut builder = ClusterClientBuilder::new(nodes?)
             .use_protocol(self.first.protocol())
             .connection_timeout(CONNECT_NODE)
@@ -230,25 +236,28 @@ impl Manager {
 
     /// Asks one sentinel for the master, and connects to it.
     async fn ask(&self, url: &Url) -> RedisResult<MultiplexedConnection> {
-        let through = async |login: &Login| {
-            self.sentinel(url, login)?.get_async_connection_with_config(&self.patience()).await
+        // Unless it is said who logs in to the sentinels, it is who the URL says, or who logs in to the master; but to a
+        // sentinel that knows of no password nobody can.
+        let logins = match &self.config.sentinel_login {
+            Some(own) => vec![own.clone()],
+            None => vec![url.login().clone(), self.config.login(url), Login::default()],
         };
-        let own = &self.config.sentinel_login;
-        let Some(own) = own else {
-            // Unless it is said who logs in to the sentinels, it is who logs in to the master; but to a sentinel that
-            // knows of no password nobody can.
-            return match through(self.first.login()).await {
+        let mut refused: Option<RedisError> = None;
+        for (at, login) in logins.iter().enumerate() {
+            if logins.iter().take(at).any(|tried| tried == login) {
+                continue;
+            }
+            let outcome = self.sentinel(url, login)?.get_async_connection_with_config(&self.patience()).await;
+            match outcome {
                 Err(error)
-                    if error.kind() == ErrorKind::AuthenticationFailed && !self.first.login().is_none() =>
+                    if error.kind() == ErrorKind::AuthenticationFailed || error.code() == Some("NOAUTH") =>
                 {
-                    through(&Login::default())
-                        .await
-                        .map_err(|second| if second.code() == Some("NOAUTH") { error } else { second })
+                    refused = refused.or(Some(error));
                 }
-                outcome => outcome,
-            };
-        };
-        through(own).await
+                outcome => return outcome,
+            }
+        }
+        Err(refused.unwrap_or_else(|| RedisError::from((ErrorKind::AuthenticationFailed, "nobody logs in"))))
     }
 
     fn sentinel(&self, url: &Url, login: &Login) -> RedisResult<SentinelClient> {
@@ -259,7 +268,7 @@ impl Manager {
             &self.config.master_name,
             SentinelServerType::Master,
         )?
-        .set_client_to_redis_db(url.database())
+        .set_client_to_redis_db(self.config.database(url))
         .set_client_to_redis_protocol(url.protocol());
         if master_tls {
             builder = builder
@@ -269,10 +278,11 @@ impl Manager {
         if sentinel_tls {
             builder = builder.set_client_to_sentinel_certificates(self.config.files.load()?);
         }
-        if let Some(user) = &url.login().user {
+        let of_master = self.config.login(url);
+        if let Some(user) = &of_master.user {
             builder = builder.set_client_to_redis_username(user);
         }
-        if let Some(password) = url.login().password() {
+        if let Some(password) = of_master.password() {
             builder = builder.set_client_to_redis_password(password);
         }
         if let Some(user) = &login.user {

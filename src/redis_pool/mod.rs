@@ -52,9 +52,13 @@ pub struct Config {
     pub mode: Mode,
     /// `redis.master_name`: the name Sentinel knows the master by.
     pub master_name: String,
-    /// `redis.sentinel_user` and `redis.sentinel_password`: who logs in to the sentinels, if it is said.
+    /// `redis.username` and `redis.password`: who logs in, if it is not who `redis.url` says.
+    pub login: Option<Login>,
+    /// `redis.database`: its number, if it is not that of `redis.url`.
+    pub database: Option<u16>,
+    /// `redis.sentinel.username` and `redis.sentinel.password`: who logs in to the sentinels, if it is said.
     pub sentinel_login: Option<Login>,
-    /// `redis.sentinel_tls`: whether sentinels speak TLS, if it is said; else as the master, whose scheme the URLs have.
+    /// `redis.sentinel.tls`: whether sentinels speak TLS, if it is said; else as the master, whose scheme the URLs have.
     pub sentinel_tls: Option<bool>,
     /// Certificates.
     pub files: Files,
@@ -72,6 +76,8 @@ impl Config {
             urls: vec![url],
             mode: Mode::Single,
             master_name: String::new(),
+            login: None,
+            database: None,
             sentinel_login: None,
             sentinel_tls: None,
             files: Files::default(),
@@ -84,6 +90,26 @@ impl Config {
     #[must_use]
     pub fn key(&self, name: &str) -> String {
         [&self.key_prefix, FORM, name].concat()
+    }
+
+    /// Whether there is a password to log in with.
+    #[must_use]
+    pub fn has_password(&self) -> bool {
+        self.login.as_ref().is_some_and(|login| login.password.is_some())
+            || self.urls.iter().any(Url::has_password)
+    }
+
+    /// Who logs in to what `url` leads to; to the master, if that is a sentinel.
+    fn login(&self, url: &Url) -> Login {
+        match &self.login {
+            Some(login) if login.password.is_some() => login.clone(),
+            Some(login) => Login { user: login.user.clone(), ..url.login().clone() },
+            None => url.login().clone(),
+        }
+    }
+
+    fn database(&self, url: &Url) -> i64 {
+        self.database.map_or(url.database(), i64::from)
     }
 }
 

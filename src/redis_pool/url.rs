@@ -48,11 +48,6 @@ impl Login {
         self.password.as_ref().map(ExposeSecret::expose_secret)
     }
 
-    /// Whether there is anything to log in with.
-    pub(super) fn is_none(&self) -> bool {
-        self.user.is_none() && self.password.is_none()
-    }
-
     /// For the driver.
     pub(super) fn settings(&self) -> RedisConnectionInfo {
         let mut settings = RedisConnectionInfo::default();
@@ -180,8 +175,8 @@ impl Url {
     }
 
     /// All of it, for the driver.
-    pub(super) fn connection(&self) -> RedisResult<ConnectionInfo> {
-        let settings = self.login.settings().set_db(self.database).set_protocol(self.protocol());
+    pub(super) fn connection(&self, login: &Login, database: i64) -> RedisResult<ConnectionInfo> {
+        let settings = login.settings().set_db(database).set_protocol(self.protocol());
         Ok(self.address(self.tls).into_connection_info()?.set_redis_settings(settings))
     }
 

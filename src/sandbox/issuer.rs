@@ -42,6 +42,8 @@ pub enum IssuerBehaviour {
     Body(String),
     /// Never.
     Hang,
+    /// 200, and a body that never comes.
+    HangInBody,
     /// With the key set, this much later.
     Delay(Duration),
     /// 302 to this location.
@@ -202,6 +204,7 @@ impl Answer for FakeIssuer {
             IssuerBehaviour::Redirect(location) => {
                 tls::with_header(tls::json(302, tls::whole("")), header::LOCATION, &location)
             }
+            IssuerBehaviour::HangInBody => tls::json(200, tls::silent()),
             IssuerBehaviour::Endless => {
                 tls::json(200, tls::endless(r#"{"keys":["#, Bytes::from_static(&[b' '; 8192])))
             }

@@ -168,6 +168,11 @@ pub(super) fn endless(head: &'static str, chunk: Bytes) -> Body {
     streamed(stream::iter([Bytes::from_static(head.as_bytes())]).chain(stream::repeat(chunk)).map(Ok))
 }
 
+/// Never says anything.
+pub(super) fn silent() -> Body {
+    streamed(stream::pending())
+}
+
 /// An answer with a JSON body.
 pub(super) fn json(code: u16, body: Body) -> Response<Body> {
     let mut response = Response::new(body);

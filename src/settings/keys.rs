@@ -193,11 +193,12 @@ pub const KEYS: &[Key] = &[
     list("redis.encryption_key", "32 random bytes in hexadecimal").secret().live(),
     one_of("redis.mode", &["single", "sentinel", "cluster"]),
     value("redis.master_name", "the name Sentinel knows the master by"),
-    value("redis.sentinel_user", "a user's name; empty: the default user").live(),
-    value("redis.sentinel_password", "what logs in to the sentinels; empty: as to the master")
-        .secret()
-        .live(),
-    value("redis.sentinel_tls", "true or false; empty: as the master, whose scheme redis.url has"),
+    value("redis.username", "a user's name; empty: as in redis.url").live(),
+    value("redis.password", "any text; empty: as in redis.url").secret().live(),
+    value("redis.database", "a number from 0 to 65535; empty: as in redis.url"),
+    value("redis.sentinel.username", "a user's name; empty: as in redis.url").live(),
+    value("redis.sentinel.password", "any text; empty: as in redis.url").secret().live(),
+    value("redis.sentinel.tls", "true or false; empty: as in redis.url"),
     value("redis.ca_file", "the path of a file with PEM certificates"),
     value("redis.client_certificate", "the path of a PEM file with the certificate and those of its issuers"),
     value("redis.client_key", "the path of a PEM file with the certificate's private key"),

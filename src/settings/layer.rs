@@ -89,6 +89,14 @@ impl Layer {
                     let read = values::file(Path::new(values::bare(&value)), SECRET);
                     (key, read.map_err(|why| format!("the file cannot be read: {why}")))
                 }
+                (None, None) if named(&variable).is_some() => {
+                    // Each has a key of its own, whose last part is the tenant's name.
+                    if let Some(name) = named(&variable) {
+                        insert(&mut layer.values, &name, value);
+                        layer.places.insert(name, Place::Variable(variable));
+                    }
+                    continue;
+                }
                 (None, None) => {
                     let message = unknown(&variable, KEYS.iter().map(Key::variable));
                     faults.push(Fault { key: variable, source: ENVIRONMENT.to_owned(), message });
@@ -116,7 +124,7 @@ impl Layer {
         let mut names = Vec::new();
         flatten("", &self.values, &mut names);
         for name in names {
-            if !KEYS.iter().any(|key| key.name == name) {
+            if !KEYS.iter().any(|key| key.name == name) && !name.starts_with("limiter.tenants.") {
                 let message = unknown(&name, KEYS.iter().map(|key| key.name.to_owned()));
                 let source = match self.places.get(&name) {
                     Some(Place::Line(line)) => format!("{}, line {line}", self.name),
@@ -126,6 +134,12 @@ impl Layer {
             }
         }
     }
+}
+
+/// The key of a tenant's own quotas, where `variable` sets them.
+fn named(variable: &str) -> Option<String> {
+    let name = variable.strip_prefix("RELAY_LIMITER_TENANTS_").filter(|name| !name.is_empty())?;
+    Some(format!("limiter.tenants.{}", name.to_ascii_lowercase()))
 }
 
 impl Provider for Layer {

@@ -123,9 +123,16 @@ impl Display for Faults {
 
 /// The keys of [`Policy`], by kind of record.
 /// What says nothing without a Redis.
-const REDIS_ALONE: [&str; 3] = ["redis.mode", "redis.master_name", "redis.key_prefix"];
+const REDIS_ALONE: [&str; 6] = [
+    "redis.mode",
+    "redis.master_name",
+    "redis.username",
+    "redis.password",
+    "redis.database",
+    "redis.key_prefix",
+];
 /// What says nothing but with Sentinel.
-const OF_SENTINELS: [&str; 3] = ["redis.sentinel_user", "redis.sentinel_password", "redis.sentinel_tls"];
+const OF_SENTINELS: [&str; 3] = ["redis.sentinel.username", "redis.sentinel.password", "redis.sentinel.tls"];
 /// What says nothing without TLS.
 const OF_TLS: [&str; 3] = ["redis.ca_file", "redis.client_certificate", "redis.client_key"];
 const DOMAIN: [&str; 4] = [
@@ -240,9 +247,12 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
         from.list("redis.url", |text| text.parse::<redis_pool::Url>().map_err(|why| Some(why.to_string())));
     let mode = from.value("redis.mode", values::any);
     let master_name = from.value("redis.master_name", values::master_name);
-    let sentinel_user = from.optional("redis.sentinel_user", values::text);
-    let sentinel_password = from.optional("redis.sentinel_password", values::text);
-    let sentinel_tls = from.optional("redis.sentinel_tls", values::any::<bool>);
+    let username = from.optional("redis.username", values::text);
+    let password = from.optional("redis.password", values::text);
+    let database = from.optional("redis.database", values::any::<u16>);
+    let sentinel_user = from.optional("redis.sentinel.username", values::text);
+    let sentinel_password = from.optional("redis.sentinel.password", values::text);
+    let sentinel_tls = from.optional("redis.sentinel.tls", values::any::<bool>);
     let redis_ca = from.optional("redis.ca_file", values::any::<PathBuf>);
     let client_certificate = from.optional("redis.client_certificate", values::any::<PathBuf>);
     let client_key = from.optional("redis.client_key", values::any::<PathBuf>);
@@ -294,6 +304,9 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
         && let Err(why) = redis_pool::fit(urls, mode)
     {
         from.fault::<()>("redis.url", why);
+    }
+    if let (Some(Some(1..)), Some(redis_pool::Mode::Cluster)) = (database, mode) {
+        from.fault::<()>("redis.database", "expected none: a cluster has no database but 0");
     }
     let client = match (client_certificate, client_key) {
         (Some(Some(certificate)), Some(Some(key))) => Some(Some((certificate, key))),
@@ -396,13 +409,17 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             },
             redis: {
                 let (urls, mode, timeout) = (urls?, mode?, redis_timeout?);
-                let (user, password) = (sentinel_user?, sentinel_password?.map(secrecy::SecretString::from));
-                let said = user.is_some() || password.is_some();
+                let said = |user: Option<String>, password: Option<String>| {
+                    let password = password.map(secrecy::SecretString::from);
+                    (user.is_some() || password.is_some()).then_some(redis_pool::Login { user, password })
+                };
                 let config = redis_pool::Config {
                     mode,
                     timeout,
                     master_name: master_name?,
-                    sentinel_login: said.then_some(redis_pool::Login { user, password }),
+                    login: said(username?, password?),
+                    database: database?,
+                    sentinel_login: said(sentinel_user?, sentinel_password?),
                     sentinel_tls: sentinel_tls?,
                     files: files?,
                     key_prefix: key_prefix?,

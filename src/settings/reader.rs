@@ -84,6 +84,18 @@ impl Reader {
         let texts: Option<Vec<String>> = match self.find(key) {
             None => Some(Vec::new()),
             Some(Value::Array(_, items)) => items.iter().map(text).collect(),
+            // By name: `name = "10/s"` is `name=10/s`.
+            Some(Value::Dict(_, named)) if key == "limiter.tenants" => {
+                let each = named.iter().map(|(name, value)| {
+                    let texts = match value {
+                        Value::Array(_, items) => items.iter().map(text).collect::<Option<Vec<_>>>()?,
+                        value => vec![text(value)?],
+                    };
+                    let windows = texts.iter().flat_map(|text| values::bare(text).split([',', '\n']));
+                    Some(windows.map(|window| format!("{name}={}", values::bare(window))).collect::<Vec<_>>())
+                });
+                each.collect::<Option<Vec<_>>>().map(|each| each.concat())
+            }
             Some(value) => text(&value).map(|text| vec![text]),
         };
         let Some(texts) = texts else {

@@ -359,7 +359,7 @@ fn what_belongs_together_for_redis_is_set_together_or_refused() {
         (("RELAY_REDIS_CLIENT_KEY", "/c.key"), "redis.client_certificate"),
         (("RELAY_REDIS_KEY_PREFIX", "{relay}:"), "redis.key_prefix"),
         (("RELAY_REDIS_KEY_PREFIX", "relay*"), "redis.key_prefix"),
-        (("RELAY_REDIS_SENTINEL_TLS", "perhaps"), "redis.sentinel_tls"),
+        (("RELAY_REDIS_SENTINEL_TLS", "perhaps"), "redis.sentinel.tls"),
     ] {
         let faults = of(&[url, more]).unwrap_err().to_string();
         assert!(faults.contains(said) && !faults.contains("/c."), "{faults}");
@@ -369,10 +369,10 @@ fn what_belongs_together_for_redis_is_set_together_or_refused() {
         let keys = settings.warnings().iter().map(|fault| fault.key.clone());
         keys.filter(|key| key.starts_with("redis.")).collect::<Vec<_>>()
     };
-    let sentinel = [("RELAY_REDIS_SENTINEL_USER", "watch"), ("RELAY_REDIS_SENTINEL_TLS", "true")];
+    let sentinel = [("RELAY_REDIS_SENTINEL_USERNAME", "watch"), ("RELAY_REDIS_SENTINEL_TLS", "true")];
     let ca = ("RELAY_REDIS_CA_FILE", "/ca.pem");
-    assert_eq!(warned(&[sentinel[0]]), ["redis.sentinel_user"]);
-    assert_eq!(warned(&[url, sentinel[0]]), ["redis.sentinel_user"]);
+    assert_eq!(warned(&[sentinel[0]]), ["redis.sentinel.username"]);
+    assert_eq!(warned(&[url, sentinel[0]]), ["redis.sentinel.username"]);
     assert_eq!(warned(&[url, ca]), [""; 0]);
     assert_eq!(warned(&[("RELAY_REDIS_URL", "redis://redis.example"), ca]), ["redis.ca_file"]);
     let with_sentinels = [("RELAY_REDIS_MODE", "sentinel"), ("RELAY_REDIS_URL", "redis://redis.example"), ca];

@@ -417,7 +417,7 @@ impl<C: Renew> Worker<C> {
                 self.books().remove(&tenant.id());
                 Prefetch::NoCredentials
             }
-            Err(Error::Throttled { retry_after }) => {
+            Err(Error::Throttled { retry_after } | Error::Limited { retry_after }) => {
                 pause(*retry_after);
                 Prefetch::Limited
             }

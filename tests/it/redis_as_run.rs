@@ -63,7 +63,7 @@ async fn sentinels_have_logins_of_their_own_and_the_database_is_the_masters() {
         (&open, &[]),
         (&same, &[]),
         (&other, &[("RELAY_REDIS_SENTINEL_PASSWORD", "p%40:x")]),
-        (&user, &[("RELAY_REDIS_SENTINEL_USER", "watch"), ("RELAY_REDIS_SENTINEL_PASSWORD", "word")]),
+        (&user, &[("RELAY_REDIS_SENTINEL_USERNAME", "watch"), ("RELAY_REDIS_SENTINEL_PASSWORD", "word")]),
     ];
     for (number, (sentinel, own)) in all.into_iter().enumerate() {
         let database = number + 2;

@@ -92,8 +92,8 @@ fn texts(key: &str) -> Option<&'static [&'static str]> {
             &["", "00", "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"]
         }
         "redis.master_name" => &["mymaster", "a b", "x"],
-        "redis.sentinel_user" | "redis.sentinel_password" => &["", "watch", "p@ss/w:rd %", "a\u{7}b"],
-        "redis.sentinel_tls" => &["", "true", "false", "perhaps"],
+        "redis.sentinel.username" | "redis.sentinel.password" => &["", "watch", "p@ss/w:rd %", "a\u{7}b"],
+        "redis.sentinel.tls" => &["", "true", "false", "perhaps"],
         "redis.key_prefix" => &["relay:", "xdr:prod:", "", "a b", "{one}", "all*"],
         "redis.ca_file" => &["", "", "", "/dev/null"],
         "admin.token" => &["", "short", "0123456789abcdef0123456789abcdef", "two words"],

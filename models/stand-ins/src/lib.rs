@@ -193,6 +193,7 @@ pub mod hmac {
     pub const HMAC_SHA256: () = ();
 
     /// What digests are made with.
+    #[derive(Clone)]
     pub struct Key(Vec<u8>);
 
     impl Key {

@@ -51,6 +51,8 @@ pub(super) struct Place {
     name: String,
     /// When stamps were last compared; `None` if there is an occasion to.
     exchanged: Option<Instant>,
+    /// The others have to compare theirs, and have not been told so yet.
+    announce: bool,
 }
 
 impl RedisTier {
@@ -195,7 +197,7 @@ impl RedisTier {
             let _: redis::RedisResult<Value> = bounded(trim.query_async(link), LONGEST_PAUSE).await;
         }
         if place.exchanged.is_none_or(|last| last.elapsed() >= EXCHANGE) {
-            let whole = self.exchange(link, hear).await?;
+            let whole = self.exchange(link, &mut place.announce, hear).await?;
             place.exchanged = whole.then(Instant::now);
         }
         Ok(follows == 0)
@@ -214,8 +216,11 @@ impl RedisTier {
     async fn exchange(
         &self,
         link: &mut Link,
+        announce: &mut bool,
         hear: &(impl Fn(Event) + Send + Sync),
     ) -> redis::RedisResult<bool> {
+        // A stamp may have got there without the event that tells of it.
+        *announce |= self.0.order.is_untold();
         let mut stamps = Vec::new();
         for from in (0..=STAMPS).step_by(PAGE) {
             let mut range = cmd("ZRANGE");
@@ -233,10 +238,10 @@ impl RedisTier {
         for (scope, version) in learned.new {
             hear(Event::Purged { scope, version });
         }
-        if learned.lacking.is_empty() {
-            return Ok(true);
+        if !learned.lacking.is_empty() {
+            *announce = true;
+            info!(count = learned.lacking.len(), "redis is told what was purged before");
         }
-        info!(count = learned.lacking.len(), "redis is told what was purged before");
         for some in learned.lacking.chunks(PAGE / 10) {
             let invocation = self.stamping(some);
             match bounded(invocation.invoke_async::<i64>(link), LONGEST_PAUSE).await {
@@ -249,8 +254,11 @@ impl RedisTier {
                 }
             }
         }
-        let told = self.0.teller.event("stamps", "", 0);
-        let _: String = bounded(told.query_async(link), LONGEST_PAUSE).await?;
+        if *announce {
+            let told = self.0.teller.event("stamps", "", 0);
+            let _: String = bounded(told.query_async(link), LONGEST_PAUSE).await?;
+            *announce = false;
+        }
         Ok(true)
     }
 

@@ -253,7 +253,8 @@ impl SharedTier for RedisTier {
             Ok((1, value)) => Ok(Claim::Value(value)),
             Ok((2, _)) => Ok(Claim::Leader(owner)),
             Ok(_) => return Ok(Claim::Follower(told)),
-            Err(unavailable) => Err(unavailable),
+            // It may have been granted all the same: then it is given back, or ends with the value.
+            Err(Unavailable) => Ok(Claim::Leader(owner)),
         };
         lock(&self.0.waiting).remove(&name);
         claim
