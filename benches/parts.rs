@@ -77,6 +77,7 @@ fn tokens(c: &mut Criterion) {
     let config = auth::Config {
         audiences: vec![AUDIENCE.into()],
         jwks_hosts: vec![sandbox.issuer.host().parse().unwrap()],
+        spellings: Vec::new(),
         require_exp: false,
         trusted_proxies: Vec::new(),
     };

@@ -1,6 +1,7 @@
 //! The command line of cyberscan-relay.
 
 use std::{
+    ffi::OsString,
     io::Write,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -10,7 +11,10 @@ use std::{
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{
+    Args, CommandFactory, Parser, Subcommand,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use cyberscan_relay::{
     app, demo, doctor,
     hardening::{self, Hardened},
@@ -49,8 +53,14 @@ struct CommandLine {
 #[derive(Args)]
 struct Configuration {
     /// A TOML file laid over the defaults; the environment (RELAY_*) is laid over both.
-    #[arg(long, env = "RELAY_CONFIG", global = true)]
+    #[arg(long, env = "RELAY_CONFIG", global = true, value_parser = OsStringValueParser::new().map(file))]
     config: Option<PathBuf>,
+}
+
+/// A file's name without blanks and quotes around it, which env files leave there; empty, it is none.
+fn file(name: OsString) -> PathBuf {
+    let bare = name.to_str().map(|name| name.trim().trim_matches(['"', '\'']).to_owned());
+    bare.map_or_else(|| name.clone().into(), PathBuf::from)
 }
 
 #[derive(Subcommand)]

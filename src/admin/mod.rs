@@ -123,6 +123,7 @@ pub async fn serve<C: Purge>(listener: TcpListener, admin: Admin<C>, shutdown: C
             let failed = |status: StatusCode| answer(status, &json!({"error": status.canonical_reason()}));
             match answering {
                 None if !meant => {
+                    warn!("the admin listener was asked by a name that is not in admin.hosts");
                     let error = "asked by a name that is not in admin.hosts";
                     Ok(answer(StatusCode::MISDIRECTED_REQUEST, &json!({"error": error})))
                 }
@@ -308,7 +309,9 @@ fn refusal(config: &Config, headers: &HeaderMap, peer: Option<Peer>, what: &str)
         return Some(answer(StatusCode::FORBIDDEN, &json!({"error": error})));
     };
     let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    let given = given.and_then(|value| value.split_once(' '));
+    let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    let given = given.map(|(_, token)| token.trim()).unwrap_or_default();
     let hash = |text: &str| digest::digest(&digest::SHA256, text.as_bytes());
     if verify_slices_are_equal(hash(given).as_ref(), hash(token.expose_secret()).as_ref()).is_ok() {
         return None;

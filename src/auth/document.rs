@@ -22,7 +22,7 @@ use crate::{
 /// How long one fetch may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The most bytes of a key set; it also bounds how many keys there can be.
-const BODY: usize = 64 << 10;
+pub(super) const BODY: usize = 64 << 10;
 /// Numbers of keys. RFC 7518 §2 has no padding; some issuers pad nevertheless.
 const NUMBER: GeneralPurpose = GeneralPurpose::new(
     &alphabet::URL_SAFE,
@@ -104,6 +104,8 @@ fn member<'a>(entry: &'a Value, name: &str) -> Option<&'a Value> {
 /// A number in base64url, big-endian. Zeros in front, which some libraries write to keep the sign positive, are taken
 /// off: the verifier refuses a number that has them.
 fn number(text: &str) -> Option<Vec<u8>> {
+    // Some write it in plain base64.
+    let text = text.replace('+', "-").replace('/', "_");
     let bytes = NUMBER.decode(text).ok()?;
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
     Some(bytes.get(zeros..)?.to_vec())

@@ -244,3 +244,8 @@ pub(crate) fn keys_at(address: &IssuerAddress) -> (&str, &Host, &str) {
 pub(crate) fn usable_keys(body: &[u8]) -> Option<usize> {
     document::import(body).map(|keys| keys.len())
 }
+
+/// Whether a document is larger than any that is read.
+pub(crate) fn is_too_large(body: &[u8]) -> bool {
+    body.len() > document::BODY
+}

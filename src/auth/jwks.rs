@@ -306,6 +306,7 @@ mod tests {
             let config = Config {
                 audiences: Vec::new(),
                 jwks_hosts: vec!["issuer.test".parse().unwrap()],
+                spellings: Vec::new(),
                 require_exp: false,
                 trusted_proxies: Vec::new(),
             };

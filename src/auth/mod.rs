@@ -41,6 +41,8 @@ use jwks::{Jwks, KeySet};
 pub struct Config {
     /// `auth.audiences`: the relay's public URLs. Empty: derived from each request.
     pub audiences: Vec<String>,
+    /// Audiences as they are spelt in the settings, where that differs: upper case, the usual port.
+    pub spellings: Vec<String>,
     /// `auth.jwks_hosts`: the key issuers that are believed.
     pub jwks_hosts: Vec<IssuerAddress>,
     /// `auth.require_exp`: whether a token without `exp` is refused.
@@ -267,7 +269,8 @@ impl Authenticator {
         if !rules.config.audiences.is_empty() {
             // The settings leave no slash at the end; whoever made the token may have.
             let audience = audience.trim_end_matches('/');
-            return rules.config.audiences.iter().any(|ours| ours == audience);
+            let ours = rules.config.audiences.iter().chain(&rules.config.spellings);
+            return ours.into_iter().any(|ours| ours == audience);
         }
         let forwarded = |name: &str| {
             let proxy = request.peer?.to_canonical();
@@ -346,6 +349,7 @@ mod tests {
         let mut config = Config {
             audiences: vec![AUDIENCE.into()],
             jwks_hosts: vec![sandbox.issuer.host().parse().unwrap()],
+            spellings: Vec::new(),
             require_exp: false,
             trusted_proxies: vec!["10.0.0.0/8".parse().unwrap()],
         };

@@ -497,6 +497,11 @@ pub(super) async fn issuer(egress: &Egress<'_>, address: &IssuerAddress) -> Foun
         Finding::bad(check, name, state, "correct the name; try again later if it is right")
     } else {
         match explain::usable_keys(&reply.body) {
+            Some(_) if explain::is_too_large(&reply.body) => {
+                let state =
+                    format!("publishes {} bytes; the relay reads no key set as large", reply.body.len());
+                Finding::bad(check, name, state, "have the issuer publish fewer keys, or name another")
+            }
             None if is_page(&reply) => Finding::bad(
                 check,
                 name,

@@ -10,13 +10,13 @@ use std::{
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 
 use super::{Check, Finding, Severity};
-use crate::{clock::Clock, settings::Settings};
+use crate::{
+    clock::Clock,
+    settings::{KEYS, Settings},
+};
 
 /// Certificates that expire within this time are told.
 const SOON: Duration = Duration::from_secs(30 * 24 * 3600);
-
-/// Settings whose presence in a file makes the file a secret.
-const SECRETS: [&str; 4] = ["egress.proxy", "admin.token", "redis.url", "redis.encryption_key"];
 
 /// What there is to say about all files.
 pub(super) fn examine(
@@ -26,10 +26,11 @@ pub(super) fn examine(
     clock: Clock,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let secret = |name: &str| KEYS.iter().any(|key| key.secret && key.name == name);
     let has_secret = settings
         .effective()
         .iter()
-        .any(|key| SECRETS.contains(&key.key) && !key.value.is_empty() && key.source.starts_with("file "));
+        .any(|key| secret(key.key) && !key.value.is_empty() && key.source.starts_with("file "));
     if let Some(file) = config_file {
         let advice = "chmod 640, owned by root and the group of the relay's user; or keep secrets in files of their own";
         findings.push(if has_secret {

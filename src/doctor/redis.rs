@@ -18,7 +18,7 @@ use super::{Check, Finding};
 use crate::{
     clock::Clock,
     metrics::Metrics,
-    redis_pool::{Config, Link, Mode, Redis, Url, tls_fault},
+    redis_pool::{Config, FileFault, Link, Mode, Redis, Url, tls_fault},
     settings::Settings,
 };
 
@@ -81,13 +81,15 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
     let connecting = async {
         let redis = Redis::new(config, Metrics::new(), TaskTracker::new());
         match redis {
-            Ok(redis) => redis.try_link().await.map_err(Some),
-            Err(_) => Err(None),
+            Ok(redis) => redis.try_link().await.map_err(|error| Ok(Box::new(error))),
+            Err(error) => Err(Err(error
+                .downcast::<FileFault>()
+                .map_or_else(|error| error.to_string(), |fault| fault.to_string()))),
         }
     };
     let mut link = match timeout(patience, connecting).await {
         Ok(Ok(link)) => link,
-        Ok(Err(Some(error))) => {
+        Ok(Err(Ok(error))) => {
             let finding = match without_handshake(config, &about, &error, patience).await {
                 Some(finding) => finding,
                 None => unreachable(config, &about, &error),
@@ -95,10 +97,9 @@ pub(super) async fn examine(settings: &Settings, patience: Duration, clock: Cloc
             findings.push(finding);
             return findings;
         }
-        Ok(Err(None)) => {
-            let state = "the URLs do not fit the mode";
-            let advice = "set redis.mode to what redis.url leads to";
-            findings.push(Finding::bad(Check::RedisMode, &about, state, advice));
+        Ok(Err(Err(file))) => {
+            let advice = "correct the path, or let the relay's user read it";
+            findings.push(Finding::bad(Check::RedisTls, &about, file, advice));
             return findings;
         }
         Err(_) => {

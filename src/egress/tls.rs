@@ -75,7 +75,8 @@ pub fn extra_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> 
         return Err(format!("it has more than {CERTIFICATES} bytes"));
     }
     let text = std::fs::read(path).map_err(told)?;
-    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text)
         .collect::<Result<_, _>>()
         .map_err(|_| "it is not in PEM form".to_owned())?;
     if certificates.is_empty() {

@@ -185,6 +185,7 @@ fn relay() -> Relay<Nobody> {
     let auth = auth::Config {
         audiences: vec!["https://relay.test".into()],
         jwks_hosts: Vec::new(),
+        spellings: Vec::new(),
         require_exp: false,
         trusted_proxies: Vec::new(),
     };

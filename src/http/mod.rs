@@ -393,6 +393,7 @@ mod tests {
         let auth = auth::Config {
             audiences: vec![AUDIENCE.into()],
             jwks_hosts: vec![sandbox.issuer.host().parse().unwrap()],
+            spellings: Vec::new(),
             require_exp: false,
             trusted_proxies: Vec::new(),
         };

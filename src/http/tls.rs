@@ -361,6 +361,8 @@ fn outcome(error: &io::Error) -> Handshake {
 }
 
 fn certificates(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Fault> {
+    // An editor's mark at the beginning would hide the first certificate.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let chain: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(bytes).collect();
     match chain {
         Ok(chain) if !chain.is_empty() => Ok(chain),

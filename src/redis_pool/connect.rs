@@ -126,7 +126,9 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     if !about.is_file() || about.len() > MOST {
         return Err(io::Error::other(format!("it is no file of at most {MOST} bytes")));
     }
-    fs::read(path)
+    let text = fs::read(path)?;
+    // An editor's mark at the beginning would hide the first certificate.
+    Ok(text.strip_prefix(b"\xef\xbb\xbf").map_or_else(|| text.clone(), <[u8]>::to_vec))
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {

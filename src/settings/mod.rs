@@ -19,6 +19,7 @@ mod tests;
 mod values;
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fmt::{self, Display},
     net::SocketAddr,
@@ -221,7 +222,17 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
     let key = from.optional("server.tls.key", values::any::<PathBuf>);
     let deadline = from.duration("request.deadline");
     let concurrency = from.at_least_one("request.concurrency");
-    let audiences = from.list("auth.audiences", values::audience);
+    let spelled = RefCell::new(Vec::new());
+    let audiences = from.list("auth.audiences", |text| {
+        let audience = values::audience(text)?;
+        // Who makes tokens may spell it as it stands here.
+        let as_it_stands = text.trim_end_matches('/');
+        if as_it_stands != audience {
+            spelled.borrow_mut().push(as_it_stands.to_owned());
+        }
+        Ok(audience)
+    });
+    let spellings = spelled.into_inner();
     let jwks_hosts = from.list("auth.jwks_hosts", values::issuer);
     let require_exp = from.flag("auth.require_exp");
     let trusted_proxies = from.list("auth.trusted_proxies", values::network);
@@ -352,6 +363,7 @@ fn read(from: &mut Reader) -> Result<Settings, Faults> {
             listen: listen?,
             auth: auth::Config {
                 audiences: audiences?,
+                spellings,
                 jwks_hosts: jwks_hosts?,
                 require_exp: require_exp?,
                 trusted_proxies: trusted_proxies?,

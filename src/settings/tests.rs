@@ -352,6 +352,30 @@ fn a_file_of_certificates_without_any_is_a_fault() {
 }
 
 #[test]
+fn a_tenants_quotas_may_have_a_key_of_their_own() {
+    let name = "0123456789abcdef0123456789abcdef";
+    let windows = |settings: Result<Settings, Faults>| {
+        let tenants = settings.unwrap().limiter.tenants;
+        tenants.get(name).cloned()
+    };
+    let list = of(&[("RELAY_LIMITER_TENANTS", &format!("{name}=20/s,{name}=5000/d"))]);
+    let wanted = windows(list);
+    assert_eq!(wanted.as_ref().unwrap().len(), 2);
+    let variable = format!("RELAY_LIMITER_TENANTS_{}", name.to_ascii_uppercase());
+    assert_eq!(windows(of(&[(&variable, "20/s, 5000/d")])), wanted);
+    for text in [
+        format!("[limiter.tenants]\n{name} = [\"20/s\", \"5000/d\"]"),
+        format!("limiter.tenants.{name} = \"20/s,5000/d\""),
+    ] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &text).unwrap();
+        assert_eq!(windows(Settings::load(Some(file.path()), [])), wanted, "{text}");
+    }
+    let faults = of(&[(&variable, "20 a day")]).unwrap_err().to_string();
+    assert!(faults.contains("limiter.tenants") && faults.contains("expected"), "{faults}");
+}
+
+#[test]
 fn what_belongs_together_for_redis_is_set_together_or_refused() {
     let url = ("RELAY_REDIS_URL", "rediss://redis.example");
     for (more, said) in [
@@ -385,7 +409,8 @@ fn what_only_looks_odd_is_understood() {
         format!(
             "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
             settings.listen,
-            settings.auth,
+            // How audiences are spelt is kept besides.
+            crate::auth::Config { spellings: Vec::new(), ..settings.auth.clone() },
             settings.cyberscan,
             settings.egress.proxy.as_ref().map(Url::as_str),
             settings.limiter,

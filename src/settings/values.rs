@@ -143,6 +143,8 @@ pub(super) fn issuer(text: &str) -> Result<IssuerAddress, Wrong> {
     // Tokens name issuers letter for letter, in lower case; paths have a case of their own.
     let (host, path) = text.split_at(text.find('/').unwrap_or(text.len()));
     let path = path.strip_suffix("/.well-known/jwks").unwrap_or(path);
+    // Tokens do not name the usual port.
+    let host = host.strip_suffix(":443").unwrap_or(host);
     format!("{}{path}", host.to_ascii_lowercase()).parse().map_err(|_| None)
 }
 

@@ -59,6 +59,25 @@ async fn sentinels_have_logins_of_their_own_and_the_database_is_the_masters() {
     // One that is there and says nothing, before the one that does.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let silent = silent.local_addr().unwrap().to_string();
+    // Nobody in the URL, and the master's login and database apart.
+    let apart = [
+        ("RELAY_REDIS_PASSWORD", "p@ss/w:rd"),
+        ("RELAY_REDIS_DATABASE", "9"),
+        ("RELAY_REDIS_SENTINEL_PASSWORD", "p%40:x"),
+    ];
+    let urls = format!("redis://{silent},redis://127.0.0.1:{}", other.port());
+    let place = [
+        ("RELAY_REDIS_URL", urls.as_str()),
+        ("RELAY_REDIS_MODE", "sentinel"),
+        ("RELAY_REDIS_MASTER_NAME", "relays"),
+    ];
+    share(&[&place[..], &apart].concat()).await;
+    assert!(databases(&master).await.contains(&"db9".to_owned()));
+    for sentinel in [&open, &same] {
+        let urls = format!("redis://127.0.0.1:{}", sentinel.port());
+        share(&[&[("RELAY_REDIS_URL", urls.as_str())], &place[1..], &apart[..2]].concat()).await;
+    }
+
     let all: [(&RedisServer, &[(&str, &str)]); 4] = [
         (&open, &[]),
         (&same, &[]),

@@ -341,6 +341,7 @@ async fn a_hang_up_reloads_names_what_needs_a_restart_and_tells_no_secret() {
                 "redis.url" => "redis://:hunter2@127.0.0.1:1",
                 "redis.mode" => "cluster",
                 "redis.master_name" => "another",
+                "redis.database" => "0",
                 "redis.sentinel.tls" => "true",
                 "redis.key_prefix" => "another:",
                 "cache.memory" => "77MiB",
