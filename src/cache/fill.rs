@@ -76,10 +76,17 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             return Err(failure.error);
         }
         let after = deadline.saturating_duration_since(Instant::now());
+        // Who asks after a purge is not served what was fetched before it; who asked before it is.
+        let asked = self.order().clock().now();
+        let purged = |kept: &Kept| {
+            let purged = self.order().purged_before(key);
+            kept.version <= purged && purged <= asked
+        };
         if let Some(mut ahead) = self.0.prefetches.running(&key.name)
             && let Ok(Ok(outcome)) = timeout_at(deadline, ahead.wait_for(Option::is_some)).await
             && let Some(Ok(filled)) = &*outcome
-            && filled.kept.version > version.max(self.order().purged_before(key))
+            && filled.kept.version > version
+            && !purged(&filled.kept)
         {
             return Ok(filled.clone());
         }
@@ -98,8 +105,7 @@ impl<P: CyberScan, T: SharedTier> Cached<P, T> {
             match outcome {
                 // Whoever began it had no time left for a call; who joined may have.
                 Err(Error::Limited { .. } | Error::TooLate { .. }) if !own => {}
-                // It began before it was purged; whoever asks now came later.
-                Ok(filled) if !own && filled.kept.version <= self.order().purged_before(key) => {}
+                Ok(filled) if !own && purged(&filled.kept) => {}
                 outcome => return outcome,
             }
         }

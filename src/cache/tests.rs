@@ -1227,6 +1227,52 @@ async fn a_fetch_that_began_before_a_purge_is_not_kept() {
     assert_eq!(fake.calls(), 2);
 }
 
+/// Whoever asked before the purge is answered by the fetch that was under way; whoever asks after it is not.
+#[tokio::test(start_paused = true)]
+async fn who_asks_after_a_purge_does_not_join_a_fetch_from_before_it() {
+    let fake = Fake::default();
+    fake.takes(4 * SECOND);
+    let stage = stage(&fake);
+    let ask = async |after: u32| {
+        sleep(after * SECOND).await;
+        let answer = stage.host(&call(), ip(1)).await.unwrap();
+        answer.record.known().unwrap().details_page.clone().unwrap()
+    };
+    let (first, before, (), later) = tokio::join!(
+        ask(0),
+        ask(1),
+        async {
+            sleep(2 * SECOND).await;
+            stage.purge_all().await.unwrap();
+        },
+        ask(3)
+    );
+    assert_eq!([&*first, &*before, &*later], ["0", "0", "1"]);
+    assert_eq!(fake.calls(), 2);
+}
+
+/// What another replica has may be as old as what this one has: it is served with its age, if at all.
+#[tokio::test(start_paused = true)]
+async fn an_old_answer_of_another_replica_is_not_shown_as_new() {
+    let (fake, world) = (Fake::default(), World::new());
+    let stages = [(); 2].map(|()| stage_with(&fake, config(), Some(world.replica())));
+    settle().await;
+    for stage in &stages {
+        stage.host(&call(), ip(1)).await.unwrap();
+        settle().await;
+    }
+    // Redis has lost it, so the other is not told when it is replaced.
+    world.forget();
+    sleep(3 * HOUR).await;
+    assert_eq!(stages[0].host(&call(), ip(1)).await.unwrap().stale, None);
+    assert_eq!(fake.calls(), 2);
+    sleep(3 * HOUR).await;
+    fake.fails(Some(down()));
+    let stale = stages[1].host(&call(), ip(1)).await.unwrap().stale.unwrap();
+    assert!(stale.abs_diff(3 * HOUR) < MINUTE, "{stale:?}");
+    assert_eq!(fake.calls(), 3, "CyberScan is asked");
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_was_fetched_while_another_replica_purged_it_is_not_shared() {
     let (fake, world) = (Fake::default(), World::new());

@@ -5,7 +5,8 @@
 //! - Every quarter of a second it collects what was read ([`Notes`]) into the index of recent answers, which
 //!   replicas share where there is Redis (`index`).
 //! - Shortly before an answer's end, one replica claims it from the index, and renews it if that is worth a
-//!   call (`budget`). What is due is told for all tenants at once, so that one question a round is enough. A claim is a lease: what a dead replica had claimed is due again when it ends.
+//!   call (`budget`). What is due is told for all tenants at once, so that one question a second is enough. A claim
+//!   is a lease: what a dead replica had claimed is due again when it ends.
 //! - Where analysts follow domains to their addresses, what is known about the address is fetched as soon as
 //!   the domain is asked for (`relations`).
 //! - Keys of tenants are in memory only, forgotten when they are idle and at once when CyberScan refuses them.
