@@ -1227,6 +1227,45 @@ async fn a_fetch_that_began_before_a_purge_is_not_kept() {
     assert_eq!(fake.calls(), 2);
 }
 
+#[tokio::test(start_paused = true)]
+async fn data_that_is_refused_is_not_asked_for_without_a_pause() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    fake.fails(Some(Error::Unauthorized));
+    for _ in 0..5 {
+        assert_eq!(stage.host(&call(), ip(1)).await.err(), Some(Error::Unauthorized));
+    }
+    assert_eq!(fake.calls(), 1);
+    sleep(MINUTE).await;
+    fake.fails(None);
+    assert!(stage.host(&call(), ip(1)).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_says_when_to_come_back_is_not_remembered_for_longer() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    fake.fails(Some(Error::Throttled { retry_after: SECOND }));
+    for round in 1..6 {
+        assert!(stage.host(&call(), ip(1)).await.is_err());
+        assert_eq!(fake.calls(), round);
+        sleep(SECOND).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_purged_about_an_observable_stays_purged_when_keys_change() {
+    let fake = Fake::default();
+    let stage = stage(&fake);
+    stage.host(&call(), ip(1)).await.unwrap();
+    stage.purge_subject(&Subject::Ip(ip(1))).await.unwrap();
+    for keys in [vec![[8; 32], [7; 32]], vec![[8; 32]], vec![]] {
+        stage.order().seal_with(&keys);
+        let key = Key::new(&call().tenant, RecordType::Host, ip(1).to_string());
+        assert!(stage.order().purged_before(&key) > 0, "{} keys", keys.len());
+    }
+}
+
 /// Whoever asked before the purge is answered by the fetch that was under way; whoever asks after it is not.
 #[tokio::test(start_paused = true)]
 async fn who_asks_after_a_purge_does_not_join_a_fetch_from_before_it() {

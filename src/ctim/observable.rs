@@ -158,6 +158,15 @@ mod tests {
     }
 
     #[test]
+    fn a_full_stop_of_any_script_may_end_a_name() {
+        for stop in ['.', '\u{3002}', '\u{ff0e}', '\u{ff61}'] {
+            for name in ["one.example", "bücher.example"] {
+                assert_eq!(subject("domain", &format!("{name}{stop}")), subject("domain", name), "{stop}");
+            }
+        }
+    }
+
+    #[test]
     fn addresses_and_names_are_looked_up_in_their_canonical_spelling() {
         for (kind, value, canonical) in [
             ("ip", "192.0.2.1", "192.0.2.1"),

@@ -268,6 +268,23 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_for_no_cve_or_beside_one_hides_no_finding() {
+        let named = |cve: &str| finding(&format!(r#"{{"cve":{cve},"name":"Weak ciphers"}}"#));
+        for cve in [r#""NOCVE,NOCVE""#, r#"["NOCVE","N/A"]"#, r#"{"id":null}"#, r#""N/A; none""#] {
+            assert_eq!(named(cve).cve, None, "{cve}");
+        }
+        for cve in [r#"["\nCVE-2020-0001"]"#, r#"["CVE-2020-0001\r\n", "\t"]"#] {
+            assert_eq!(named(cve).cves, ["CVE-2020-0001"], "{cve}");
+        }
+        assert_eq!(
+            finding(r#"{"severity":["High\n"]}"#).severity,
+            finding(r#"{"severity":"High"}"#).severity
+        );
+        assert!(DomainRecord::parse(br#"{"ip":"192.0.2.1","errors":0}"#, &pages()).is_ok());
+        assert!(DomainRecord::parse(br#"{"ip":"192.0.2.1","errors":2}"#, &pages()).is_err());
+    }
+
+    #[test]
     fn a_domain_record_has_an_address_and_a_page() {
         let body = br#"{"domain":"a.example","ip":" 192.0.2.1 ","cvss_total":1,"details_page":"https://www.cyberscan.io/a"}"#;
         let record = DomainRecord::parse(body, &pages()).unwrap();

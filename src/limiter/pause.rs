@@ -108,4 +108,15 @@ mod tests {
         }
         assert_eq!(lengths, [1, 2, 4, 8, 16, 32, 60, 60]);
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_that_are_refused_together_are_one_strike() {
+        let (pauses, tenant): (_, Arc<str>) = (Pauses::default(), "one".into());
+        for pause in [1, 2] {
+            for _ in 0..16 {
+                assert_eq!(pauses.too_fast(&tenant, None).as_secs(), pause);
+            }
+            sleep(pauses.left("one").unwrap()).await;
+        }
+    }
 }
